@@ -1,0 +1,254 @@
+"""The network that teacher, student and fake score share: DDPM++ / NCSN++ behind EDM's D(x; sigma).
+
+The U-Net is Song et al. 2021 (arXiv 2011.13456) as Karras et al. 2022 (EDM, arXiv 2206.00364)
+arrange it; the parameter names are those of EDM's official CIFAR-10 checkpoints, so that their
+weights load. The classifier of Di-Bregman (Algorithm 1, line 9) has no network of its own: its
+logits are the channel mean of the encoder's last features (SiDA, arXiv 2410.14919).
+
+    net = EDMPrecond(**CONFIGS["compact"])
+    D_x = net(x, sigma)                                # the denoised image
+    D_x, logits = net(x, sigma, return_logits=True)    # one pass for both
+    logits = net.encode(x, sigma)                      # encoder alone
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SQRT_HALF = math.sqrt(0.5)
+
+_DDPMPP = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
+               channel_mult_noise=1, resample_filter=[1, 1])
+_NCSNPP = dict(embedding_type="fourier", encoder_type="residual", decoder_type="standard",
+               channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
+_CIFAR10 = dict(model_channels=128, channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9,
+                num_blocks=4, attn_resolutions=[16])
+_COMPACT = dict(model_channels=16, channel_mult=[1, 2, 4], dropout=0.0, augment_dim=0,
+                num_blocks=1, attn_resolutions=[8])
+
+CONFIGS = {
+    "compact": _DDPMPP | _COMPACT,                              # 0.74 M parameters, 0.23 GFLOP
+    "compact-ve": _NCSNPP | _COMPACT,                           # 0.75 M
+    "uncond-vp": _DDPMPP | _CIFAR10,                            # 55.7 M, 21 GFLOP, FID 1.97
+    "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M, FID 1.98
+    "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79
+}
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with optional 2x resampling in front of it: "up", "down" or None."""
+
+    def __init__(self, c_in, c_out, kernel, resample=None, taps=(1, 1), padding=None):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2 if padding is None else padding)
+        nn.init.xavier_uniform_(self.weight)                    # Song et al.: fan_avg, uniform
+        nn.init.zeros_(self.bias)
+        self.resample = resample
+        if resample:
+            taps = torch.tensor(taps, dtype=torch.float32)
+            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
+
+    def filter(self, x, padding):
+        """Depthwise separable filter with stride 2; up it is the transpose, scaled by 4."""
+        if self.resample_filter.shape[-1] == 2:                 # [1, 1]: both are a plain box
+            if self.resample == "down":
+                return F.avg_pool2d(x, 2)
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        c = x.shape[1]
+        f = self.resample_filter.to(x.dtype).expand(c, 1, -1, -1)
+        if self.resample == "down":
+            return F.conv2d(x, f, stride=2, padding=padding, groups=c)
+        return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=c)
+
+    def forward(self, x, gain=1.0):
+        """gain * (resample, then convolve): scaling the weight costs less than scaling x."""
+        if self.resample:
+            x = self.filter(x, padding=(self.resample_filter.shape[-1] - 1) // 2)
+        if gain == 1.0:
+            return self._conv_forward(x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight * gain, self.bias * gain)
+
+
+class PyramidConv2d(Conv2d):
+    """NCSN++'s image pyramid: the convolution first, then the filter without padding."""
+
+    def forward(self, x):
+        return self.filter(self._conv_forward(x, self.weight, self.bias), padding=0)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class Block(nn.Module):
+    """Residual block with a noise embedding, optional resampling and self-attention."""
+
+    def __init__(self, c_in, c_out, emb, dropout, attention=False, resample=None, taps=(1, 1)):
+        super().__init__()
+        self.norm0 = group_norm(c_in)
+        self.conv0 = Conv2d(c_in, c_out, 3, resample, taps)
+        self.affine = nn.Linear(emb, c_out)
+        self.norm1 = group_norm(c_out)
+        self.dropout = dropout
+        self.conv1 = Conv2d(c_out, c_out, 3)
+        nn.init.zeros_(self.conv1.weight)                       # starts as the identity
+        self.skip = Conv2d(c_in, c_out, 1, resample, taps) if resample or c_in != c_out else None
+        self.attention = attention
+        if attention:
+            self.norm2 = group_norm(c_out)
+            self.qkv = Conv2d(c_out, 3 * c_out, 1)
+            self.proj = Conv2d(c_out, c_out, 1)
+            nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x, emb):                                  # x (N, c_in, H, W), emb (N, emb)
+        # (skip + x) * sqrt(1/2) is one pass over the features: conv1 carries its own gain, and
+        # no backward reads what a convolution put out, so the sums may be made in place.
+        h = self.conv0(F.silu(self.norm0(x)))
+        h += self.affine(emb)[:, :, None, None].to(h.dtype)
+        h = F.silu(self.norm1(h))
+        h = self.conv1(F.dropout(h, self.dropout, self.training), gain=SQRT_HALF)
+        if self.skip is None:
+            h.add_(x, alpha=SQRT_HALF)
+        else:
+            h += self.skip(x, gain=SQRT_HALF)
+        if self.attention:
+            n, c, height, width = h.shape
+            q, k, v = self.qkv(self.norm2(h)).reshape(n, 1, c, 3, height * width).unbind(3)
+            a = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)   # (N, 1 head, H W, C)
+            a = self.proj(a.mT.reshape(n, c, height, width), gain=SQRT_HALF)
+            h = a.add_(h, alpha=SQRT_HALF)
+        return h                                                # (N, c_out, H', W')
+
+
+class UNet(nn.Module):
+    """F(x, c_noise) of EDM's Eq. (7); see EDMPrecond for the arguments."""
+
+    def __init__(self, label_dim=0, *, embedding_type, encoder_type, decoder_type,
+                 channel_mult_noise, resample_filter, model_channels, channel_mult, dropout,
+                 augment_dim, num_blocks=4, attn_resolutions=(16,), resolution=32):
+        super().__init__()
+        for value, known in ((embedding_type, ("positional", "fourier")),
+                             (encoder_type, ("standard", "residual")),
+                             (decoder_type, ("standard",))):
+            if value not in known:
+                raise ValueError(f"unknown network option {value!r}, not one of {known}")
+        c_noise, emb, taps = model_channels * channel_mult_noise, 4 * model_channels, resample_filter
+        widths = [model_channels * m for m in channel_mult]
+        sizes = [resolution >> level for level in range(len(widths))]
+
+        if embedding_type == "fourier":
+            self.map_noise = nn.Module()
+            self.map_noise.register_buffer("freqs", 16 * torch.randn(c_noise // 2))
+        self.register_buffer("freqs", torch.logspace(0, -4, c_noise // 2), persistent=False)
+        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
+        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
+        self.map_layer0 = nn.Linear(c_noise, emb)
+        self.map_layer1 = nn.Linear(emb, emb)
+
+        self.enc, c, skips, c_image = nn.ModuleDict(), model_channels, [model_channels], 3
+        self.enc[f"{resolution}x{resolution}_conv"] = Conv2d(3, c, 3)
+        for size, width in zip(sizes, widths):
+            name, attention = f"{size}x{size}", size in attn_resolutions
+            if size != resolution:
+                self.enc[f"{name}_down"] = Block(c, c, emb, dropout, False, "down", taps)
+                if encoder_type == "residual":
+                    self.enc[f"{name}_aux_residual"] = PyramidConv2d(c_image, c, 3, "down", taps, 2)
+                    c_image = c
+                skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{name}_block{i}"] = Block(c, width, emb, dropout, attention)
+                c = width
+                skips.append(c)
+
+        self.dec = nn.ModuleDict()
+        for size, width in zip(sizes[::-1], widths[::-1]):
+            name, attention = f"{size}x{size}", size in attn_resolutions
+            if size == sizes[-1]:
+                self.dec[f"{name}_in0"] = Block(c, c, emb, dropout, True)
+                self.dec[f"{name}_in1"] = Block(c, c, emb, dropout)
+            else:
+                self.dec[f"{name}_up"] = Block(c, c, emb, dropout, False, "up", taps)
+            for i in range(num_blocks + 1):
+                self.dec[f"{name}_block{i}"] = Block(c + skips.pop(), width, emb, dropout,
+                                                     attention and i == num_blocks)
+                c = width
+        self.dec[f"{name}_aux_norm"] = group_norm(c)
+        self.dec[f"{name}_aux_conv"] = Conv2d(c, 3, 3)
+        nn.init.zeros_(self.dec[f"{name}_aux_conv"].weight)
+
+    def embed(self, c_noise, labels, augment_labels):
+        freqs = 2 * math.pi * self.map_noise.freqs if hasattr(self, "map_noise") else self.freqs
+        angles = c_noise[:, None] * freqs                       # (N, c_noise / 2)
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if self.map_label is not None:
+            emb = emb + self.map_label(labels * math.sqrt(labels.shape[1]))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def encode(self, x, emb):
+        """-> the skips, a list of features; the last one is the encoder's output."""
+        skips, image = [], x
+        for name, module in self.enc.items():
+            if "aux" in name:
+                image = x = skips[-1] = (skips[-1] + module(image)) * SQRT_HALF
+                continue
+            x = module(x, emb) if isinstance(module, Block) else module(x)
+            skips.append(x)
+        return skips
+
+    def decode(self, skips, emb):
+        skips, x = list(skips), skips[-1]
+        for name, module in self.dec.items():
+            if "aux_norm" in name:
+                x = F.silu(module(x))
+            elif "aux_conv" in name:
+                return module(x)
+            else:
+                x = module(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+
+
+class EDMPrecond(nn.Module):
+    """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), EDM Eq. (7) and Table 1.
+
+    label_dim: number of classes, 0 for an unconditional network. The other keywords are one of
+    CONFIGS: embedding_type "positional" or "fourier", encoder_type "standard" or "residual",
+    decoder_type "standard", channel_mult_noise, resample_filter (taps), model_channels,
+    channel_mult (one per level), dropout, augment_dim, num_blocks, attn_resolutions.
+    Raises ValueError for an unknown type.
+    """
+    sigma_data = 0.5
+
+    def __init__(self, label_dim=0, **config):
+        super().__init__()
+        self.label_dim = label_dim
+        self.model = UNet(label_dim, **config)
+
+    def _prepare(self, x, sigma, labels, augment_labels):
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if self.label_dim and labels is None:
+            raise ValueError("a class-conditional network needs labels, one-hot (N, label_dim)")
+        c_in = (self.sigma_data ** 2 + sigma ** 2).rsqrt()
+        c_noise = (sigma.log() / 4).flatten().expand(x.shape[0])
+        return sigma, c_in * x, self.model.embed(c_noise, labels, augment_labels)
+
+    def forward(self, x, sigma, labels=None, augment_labels=None, return_logits=False):
+        """Denoise, and on request classify, in one pass.
+
+        x: float (N, 3, 32, 32), clean images in [-1, 1] plus noise. sigma: standard deviation of
+        the noise, > 0, a number or (N,). labels: one-hot (N, label_dim) if label_dim.
+        Returns D_x float32 (N, 3, 32, 32), and the logits of encode() with return_logits.
+        """
+        x = x.float()
+        sigma, c_in_x, emb = self._prepare(x, sigma, labels, augment_labels)
+        skips = self.model.encode(c_in_x, emb)
+        F_x = self.model.decode(skips, emb).float()
+        variance = sigma ** 2 + self.sigma_data ** 2
+        D_x = self.sigma_data ** 2 / variance * x + sigma * self.sigma_data * variance.rsqrt() * F_x
+        return (D_x, skips[-1].float().mean(1)) if return_logits else D_x
+
+    def encode(self, x, sigma, labels=None):
+        """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
+        one per location, the channel mean of the encoder's last features. Arguments as forward."""
+        _, c_in_x, emb = self._prepare(x.float(), sigma, labels, None)
+        return self.model.encode(c_in_x, emb)[-1].float().mean(1)
