@@ -55,7 +55,7 @@ def atomic(path):
 
 
 def save_atomic(obj, path):
-    """torch.save through atomic(). Raises OSError where it can't be written, a full disk included."""
+    """torch.save through atomic(). Raises OSError where it can't be written: a full disk, say."""
     with atomic(path) as tmp:
         try:
             torch.save(obj, tmp)

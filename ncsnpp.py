@@ -46,7 +46,8 @@ class Conv2d(nn.Conv2d):
         self.resample = resample
         if resample:
             taps = torch.tensor(taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
+            taps = taps.outer(taps) / taps.sum() ** 2
+            self.register_buffer("resample_filter", taps[None, None])
 
     def filter(self, x, padding):
         """Depthwise separable filter with stride 2; up it is the transpose, scaled by 4."""
@@ -132,7 +133,8 @@ class UNet(nn.Module):
                              (decoder_type, ("standard",))):
             if value not in known:
                 raise ValueError(f"unknown network option {value!r}, not one of {known}")
-        c_noise, emb, taps = model_channels * channel_mult_noise, 4 * model_channels, resample_filter
+        c_noise, emb = model_channels * channel_mult_noise, model_channels * 4
+        taps = resample_filter
         widths = [model_channels * m for m in channel_mult]
         sizes = [resolution >> level for level in range(len(widths))]
 

@@ -1,0 +1,327 @@
+"""bregman.py held against autograd, quadrature and the two papers' tables."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bregman
+from bregman import NAMES, batch_weights, get
+
+F64 = torch.float64
+LAMS = (-10, -2.5, -1, -0.5, 0, 0.5, 1, 3, 5, 10)
+EVERY = [(n, 1.0) for n in NAMES if n != "sba"] + [("sba", lam) for lam in LAMS]
+every = pytest.mark.parametrize("name, lam", EVERY)
+close = torch.testing.assert_close
+
+
+def derivatives(f, x):
+    """f, f' and f'' at x (n,), by autograd."""
+    x = x.clone().requires_grad_()
+    y = f(x)
+    d1, = torch.autograd.grad(y.sum(), x, create_graph=True)
+    # an affine f has a d1 that does not depend on x, hence allow_unused
+    d2, = torch.autograd.grad(d1.sum(), x, allow_unused=True)
+    return y.detach(), d1.detach(), torch.zeros_like(x) if d2 is None else d2
+
+
+# ------------------------------------------------------------------------------------- Table 1
+
+@every
+def test_weight_is_r_times_second_derivative_of_h(name, lam):
+    b = get(name, lam)
+    r = torch.logspace(-3, 3, 61, dtype=F64)
+    _, _, d2 = derivatives(b.h, r)
+    close(b.weight(r.log()), r * d2, rtol=1e-9, atol=0)
+    close(b.log_weight(r.log()), (r * d2).log(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, lam, column", [
+    ("LR", 1, lambda el: torch.sigmoid(el)), ("KL", 1, lambda el: torch.ones_like(el)),
+    ("BE", 1, lambda el: el.exp()), ("LS", 1, lambda el: (-el).exp()),
+    ("SBA", 5, lambda el: (-5 * el).exp()), ("SBA", -0.5, lambda el: (0.5 * el).exp())])
+def test_fourth_column_of_table_1_in_the_logit(name, lam, column):
+    logit = torch.linspace(-6, 6, 49, dtype=F64)            # l = log p/q, so log r = -l
+    _, _, d2 = derivatives(get(name, lam).h, (-logit).exp())
+    close(column(logit), d2 * (-logit).exp(), rtol=1e-9, atol=0)
+    close(get(name, lam).weight(-logit), column(logit), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name, lam, table", [
+    ("lr", 1, lambda r: r * r.log() - (1 + r) * (1 + r).log()),
+    ("kl", 1, lambda r: r * r.log() - r), ("be", 1, lambda r: -r.log()), ("ls", 1, lambda r: r ** 2 / 2),
+    ("sba", 5, lambda r: (r ** 6 - r) / 30), ("sba", -0.5, lambda r: (r ** 0.5 - r) / -0.25),
+    ("sba", 0, lambda r: r * r.log()), ("sba", -1, lambda r: -r.log())])
+def test_h_is_table_1s(name, lam, table):
+    r = torch.logspace(-2, 2, 41, dtype=F64)
+    close(get(name, lam).h(r), table(r), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("lam, name", [(0, "kl"), (1, "ls"), (-1, "be")])
+def test_limits_of_sba(lam, name):
+    log_r = torch.linspace(-5, 5, 41, dtype=F64)
+    r = log_r.exp()
+    close(get("sba", lam).weight(log_r), get(name).weight(log_r))
+    close(get("sba", lam).divergence(r), get(name).divergence(r), rtol=1e-10, atol=1e-10)
+    for eps in (1e-5, -1e-5):       # and the limit is approached from both sides, for h too
+        near = get("sba", lam + eps)
+        close(near.weight(log_r), get(name).weight(log_r), rtol=1e-4, atol=0)
+        close(near.divergence(r), get(name).divergence(r), rtol=2e-4, atol=1e-9)
+
+
+def test_sba_at_minus_half_is_squared_hellinger():
+    log_r = torch.linspace(-5, 5, 41, dtype=F64)
+    close(get("sba", -0.5).weight(log_r), 4 * get("hellinger").weight(log_r))
+
+
+@every
+def test_h_is_convex_and_the_divergence_zero_only_at_one(name, lam):
+    b = get(name, lam)
+    r = torch.logspace(-2, 2, 81, dtype=F64)
+    r[40] = 1.0
+    _, _, d2 = derivatives(b.h, r)
+    assert (d2 > 0).all()
+    breg = b.divergence(r)
+    assert breg[40] == 0 and (breg[torch.arange(81) != 40] > 0).all()
+
+
+@every
+def test_divergence_between_two_ratios_is_eq_2(name, lam):
+    b = get(name, lam)
+    r, r_star = torch.logspace(-1, 1, 21, dtype=F64), torch.linspace(0.5, 2, 21, dtype=F64)
+    h_star, slope, _ = derivatives(b.h, r_star)
+    close(b.divergence(r, r_star), b.h(r) - h_star - slope * (r - r_star))
+
+
+@every
+def test_scale_and_affine_shift_of_h(name, lam):
+    """a h + b r + c has the weight a h'' r: its shape stays, its batch weights are the same."""
+    b = get(name, lam)
+    log_r = torch.linspace(-3, 3, 31, dtype=F64)
+    _, _, d2 = derivatives(lambda r: 7 * b.h(r) - 3 * r + 11, log_r.exp())
+    shifted = (d2 * log_r.exp()).log()
+    close(shifted, b.log_weight(log_r) + math.log(7), rtol=1e-8, atol=1e-8)
+    close(batch_weights(shifted)[0], batch_weights(b.log_weight(log_r))[0], rtol=1e-7, atol=1e-12)
+
+
+@every
+def test_bridge_to_f_divergences(name, lam):
+    """With u = p/q = 1/r and f(u) = u h(1/u), f-distill's weight f''(u) u^2 is h''(r) r."""
+    b = get(name, lam)
+    u = torch.logspace(-2, 2, 41, dtype=F64)
+    _, _, d2 = derivatives(lambda u: u * b.h(1 / u), u)
+    # absolute: h's affine part cancels in f'', but for the roundings of its terms
+    close(d2 * u ** 2, b.weight(-u.log()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, weight", [
+    ("rkl", lambda u: torch.ones_like(u)), ("srkl", lambda u: 1 / (1 + u)),
+    ("js", lambda u: u / (1 + u)), ("hellinger", lambda u: u.sqrt() / 4),
+    ("fkl", lambda u: u), ("jeffreys", lambda u: 1 + u)])
+def test_f_distills_published_table(name, weight):
+    u = torch.logspace(-3, 3, 61, dtype=F64)
+    close(get(name).weight(-u.log()), weight(u), rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------------- Theorem 3.1 and Appendices G, H
+
+GRID = torch.linspace(-25, 25, 2001, dtype=F64)
+DX = GRID[1] - GRID[0]
+NOISE = (0.0, 0.5, 2.0)
+
+
+def log_normal(x, mean, variance):
+    return -0.5 * (x - mean) ** 2 / variance - 0.5 * torch.log(2 * math.pi * variance)
+
+
+def mixture(x, weights, means, variances, sigma):
+    """log density at x of a mixture of normals, diffused to noise level sigma."""
+    parts = [math.log(w) + log_normal(x, m, torch.tensor(v + sigma ** 2, dtype=F64))
+             for w, m, v in zip(weights, means, variances)]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+TEACHER = ([0.35, 0.65], [-1.0, 0.8], [0.81, 0.64])         # weights, means, variances
+EXPONENT = 0.5                                              # Appendix G with R(x) = exp(x / 2)
+TILT = [w * math.exp(EXPONENT * m + EXPONENT ** 2 * v / 2) for w, m, v in zip(*TEACHER)]
+TILTED = ([t / sum(TILT) for t in TILT], [m + EXPONENT * v for _, m, v in zip(*TEACHER)],
+          TEACHER[2])
+
+
+def log_p(x, sigma):
+    return mixture(x, *TEACHER, sigma)
+
+
+def log_q(x, mean, scale, sigma):
+    return log_normal(x, mean, scale ** 2 + sigma ** 2)
+
+
+def log_r_star(x, sigma):
+    """R_sigma / Z_0 = p*_sigma / p_sigma, Eq. (36): the tilted teacher is a mixture again."""
+    return mixture(x, *TILTED, sigma) - mixture(x, *TEACHER, sigma)
+
+
+def slope(f, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x).sum(), x)[0]
+
+
+def numeric_gradient(b, mean, scale, sigma, target=None):
+    """d/d(mean, scale) of D_h(r || target), Eq. (3) or (32), by quadrature and autograd."""
+    mean, scale = mean.clone().requires_grad_(), scale.clone().requires_grad_()
+    r = (log_q(GRID, mean, scale, sigma) - log_p(GRID, sigma)).exp()
+    r_star = torch.ones_like(GRID) if target is None else target(GRID, sigma).exp()
+    inside = r.detach() > 1e-300            # h is not asked about what underflowed to 0
+    integrand = log_p(GRID, sigma)[inside].exp() * b.divergence(r[inside], r_star[inside])
+    return torch.stack(torch.autograd.grad(integrand.sum() * DX, (mean, scale)))
+
+
+def expectation(field, mean, scale, sigma):
+    """E_eps,n[field(x_sigma) dG/d(mean, scale)] for G(eps) = mean + scale eps, by quadrature
+    over eps and the noise n of x_sigma = G(eps) + sigma n: nothing is integrated by hand."""
+    eps = torch.linspace(-14, 14, 281, dtype=F64)[:, None]
+    n = eps.T if sigma else torch.zeros(1, 1, dtype=F64)
+    step = 0.1 / math.sqrt(2 * math.pi)
+    weight = step * torch.exp(-eps ** 2 / 2) * (step * torch.exp(-n ** 2 / 2) if sigma else 1)
+    value = field(mean + scale * eps + sigma * n) * weight
+    return torch.stack([value.sum(), (value * eps).sum()])
+
+
+# h for which the integrals converge with this pair: r^6 p decays, as the student is the narrower
+QUADRATURE = [(n, 1.0) for n in NAMES if n != "sba"] + [("sba", v) for v in (-1, -0.5, 0.5, 3, 5)]
+MEAN, SCALE = torch.tensor(0.3, dtype=F64), torch.tensor(0.65, dtype=F64)
+
+
+def eq_4(b, sigma):
+    def field(x):
+        log_r = log_q(x, MEAN, SCALE, sigma) - log_p(x, sigma)
+        score_p = slope(lambda x: log_p(x, sigma), x)
+        score_q = slope(lambda x: log_q(x, MEAN, SCALE, sigma), x)
+        return -b.weight(log_r) * (score_p - score_q)                               # Eq. (4)
+    return expectation(field, MEAN, SCALE, sigma)
+
+
+@pytest.mark.parametrize("sigma", NOISE)
+@pytest.mark.parametrize("name, lam", QUADRATURE)
+def test_theorem_3_1(name, lam, sigma):
+    b = get(name, lam)
+    close(eq_4(b, sigma), numeric_gradient(b, MEAN, SCALE, sigma), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", NOISE)
+@pytest.mark.parametrize("name, lam", QUADRATURE)
+def test_erratum_eq_35(name, lam, sigma):
+    """The reward term adds to the gradient; the printed sign is wrong."""
+    b = get(name, lam)
+
+    def reward(x):
+        log_star = log_r_star(x, sigma)         # h''(r*) grad r* = h''(r*) r* grad log r*
+        return b.weight(log_star) * slope(lambda x: log_r_star(x, sigma), x)
+
+    term = expectation(reward, MEAN, SCALE, sigma)
+    numeric = numeric_gradient(b, MEAN, SCALE, sigma, log_r_star)
+    close(eq_4(b, sigma) - term, numeric, rtol=1e-6, atol=1e-12)                    # corrected
+    printed = eq_4(b, sigma) + term
+    assert (printed - numeric).norm() > 0.1 * numeric.norm()
+
+
+@pytest.mark.parametrize("name, lam", QUADRATURE)
+def test_erratum_normaliser(name, lam):
+    """Appendix G says that Z_0 doesn't matter. It does: only KL's gradient ignores it."""
+    b = get(name, lam)
+    right = numeric_gradient(b, MEAN, SCALE, 0.5, log_r_star)
+    unnormalised = numeric_gradient(b, MEAN, SCALE, 0.5, lambda x, s: log_r_star(x, s) + 1)
+    same = (right - unnormalised).norm() < 1e-9 * right.norm()
+    assert same == (name in ("kl", "rkl"))
+
+
+@pytest.mark.parametrize("sigma", NOISE)
+@pytest.mark.parametrize("name, lam", QUADRATURE)
+def test_erratum_eq_37(name, lam, sigma):
+    """Without a teacher the gradient is +E[h''(r) grad_x r dG]; the printed minus is wrong."""
+    b = get(name, lam)
+
+    def field(x):
+        def log_r(x):
+            return log_q(x, MEAN, SCALE, sigma) - log_p(x, sigma)
+        r = log_r(x).exp()
+        return b.weight(log_r(x)) / r * slope(lambda x: log_r(x).exp(), x)          # h''(r) grad r
+
+    numeric = numeric_gradient(b, MEAN, SCALE, sigma)
+    corrected = expectation(field, MEAN, SCALE, sigma)
+    close(corrected, numeric, rtol=1e-6, atol=1e-12)
+    assert (-corrected - numeric).norm() > numeric.norm()
+
+
+# -------------------------------------------------------------------- numbers, batches, bad input
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_finite_and_right_in_log_space(name, lam, dtype):
+    """|log r| up to 80: log_weight always, weight wherever the true value fits the dtype."""
+    log_r = torch.cat([torch.linspace(-80, 80, 321), torch.tensor([-1e-6, 0, 1e-6])]).to(dtype)
+    b, x = get(name, lam), log_r.double()
+    true = {"lr": -torch.log1p(x.exp()), "kl": 0 * x, "be": -x, "ls": x, "sba": lam * x,
+            "srkl": -torch.log1p((-x).exp()), "hellinger": -x / 2 - math.log(4),
+            "jeffreys": torch.log1p((-x).exp())}
+    true |= {"js": true["lr"], "rkl": true["kl"], "fkl": true["be"]}
+    true, got = true[name], b.log_weight(log_r)
+    assert got.dtype == dtype and got.isfinite().all()
+    # tolerances: a few roundings of the dtype, in a log weight of size up to 800
+    close(got.double(), true, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+    fits = (true < math.log(torch.finfo(dtype).max)) & (true > math.log(torch.finfo(dtype).tiny))
+    weight = b.weight(log_r)
+    assert weight.dtype == dtype and weight[fits].isfinite().all() and (weight >= 0).all()
+    error = (weight[fits].double().log() - true[fits]).abs()
+    assert (error <= 4 * torch.finfo(dtype).eps * (1 + true[fits].abs())).all()
+
+
+def test_any_shape():
+    for shape in ((), (3,), (2, 1, 4, 4), (0,)):
+        log_r = torch.zeros(shape)
+        assert get("sba", 5).weight(log_r).shape == get("lr").log_weight(log_r).shape == shape
+
+
+def test_batch_weights_have_mean_one_and_survive_any_scale():
+    log_w = torch.tensor([[0.0, 1.0], [-2.0, 3.0]])
+    w, ess = batch_weights(log_w)
+    close(w, log_w.exp() / log_w.exp().mean())
+    close(ess, w.mean() ** 2 / w.square().mean())
+    for shift in (-1e3, 1e3):                               # exp alone would give 0 or inf
+        close(batch_weights(log_w + shift)[0], w)
+    assert batch_weights(torch.zeros(8))[1] == 1
+    close(batch_weights(torch.tensor([0.0, 0, 0, 500]))[1], torch.tensor(0.25))
+
+
+def test_names_in_any_case_and_the_errors():
+    assert get("SBA", 5).lam == 5 and get("Kl").name == "kl"
+    with pytest.raises(ValueError, match="lr kl be ls sba"):
+        get("reverse")
+    for lam in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            get("sba", lam)
+
+
+def run(*args, cwd):
+    return subprocess.run([sys.executable, Path(bregman.__file__), *args], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    done = run(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figures/weights.png").read_bytes().startswith(b"\x89PNG")
+    table = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert set(NAMES) <= set(table)
+    assert table["sba"].split()[-6:-3] == ["0.0312", "1", "32"]     # lam = 5 at r = 0.5, 1, 2
+
+
+def test_command_line_errors(tmp_path):
+    (tmp_path / "file").touch()
+    for args in (["--out", "file/weights.png"], ["--out", "weights.docx"], ["--nonsense"]):
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("bregman.py")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
