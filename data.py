@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -27,13 +28,6 @@ from tqdm import tqdm
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line per error."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 @contextlib.contextmanager
@@ -61,6 +55,19 @@ def save_atomic(obj, path):
             torch.save(obj, tmp)
         except RuntimeError as e:               # torch's zip writer reports a full disk this way
             raise OSError(f"could not write {path}: {str(e).splitlines()[0]}") from e
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Turn whatever a broken file makes its reader raise into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.filename:       # says itself which file and why
+            raise
+        banned = re.search(r"GLOBAL (\S+)", str(e))     # torch's weights_only, in several lines
+        reason = f"refused to load {banned[1]}" if banned else str(e) or repr(e)
+        raise ValueError(f"{path}: not {what}: {reason}") from e
 
 
 def download(url, sha256=None):
@@ -126,34 +133,54 @@ def _files(path):
 
 
 def _decode(path, split):
-    """All images of a folder or archive -> arrays by name, and label by name where known.
+    """The images of a folder or archive, sorted by name.
 
-    The label is dataset.json's (EDM's format), else the parent folder where its name is no
-    number. If the set has the folders train/ and test/, only those of `split` are taken."""
+    An image's label is dataset.json's (EDM's format), else its folder, where that is no number.
+    Of a set with the folders train/ and test/, only `split` is taken."""
     images, listed = {}, {}
+    other = {"train": "test", "test": "train"}[split]
     for name, blob in _files(path):
         if name.endswith("dataset.json"):
             listed = dict(json.loads(blob).get("labels") or {})
-        elif name.lower().endswith(SUFFIXES):
-            other = {"train": "test", "test": "train"}[split]
-            if other in Path(name).parts[:-1]:
-                continue
-            try:
-                images[name] = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
-            except (OSError, SyntaxError) as e:
-                raise ValueError(f"{path}: {name} is no readable image ({e})") from e
-            first = next(iter(images))
-            if images[name].shape != images[first].shape:
-                raise ValueError(f"{path}: {name} is {images[name].shape[:2]}, "
-                                 f"{first} is {images[first].shape[:2]}; one size only")
+        if not name.lower().endswith(SUFFIXES) or other in Path(name).parts[:-1]:
+            continue
+        try:
+            image = Image.open(io.BytesIO(blob))
+            images[name] = np.asarray(image.convert("RGB"))
+        except Exception as e:                      # Pillow raises many kinds for a broken file
+            raise ValueError(f"{name} is no readable image: {e}") from e
+        if image.mode[0] in "IF":                   # their conversion to RGB would clip
+            raise ValueError(f"{name} has more than 8 bits a channel")
+        first = next(iter(images))
+        if images[name].shape != images[first].shape:
+            raise ValueError(f"{name} is {images[name].shape[:2]}, but {first} is "
+                             f"{images[first].shape[:2]}: one size only")
+    if not images:
+        raise ValueError(f"no images in it ({', '.join(SUFFIXES)})")
     names = sorted(images)
     folders = [Path(n).parent.name for n in names]
-    if listed:
-        labels = [listed.get(n) for n in names]
-    else:
-        classes = sorted({f for f in folders if not f.isdigit() and f not in ("", "train", "test")})
-        labels = [classes.index(f) if f in classes and len(classes) > 1 else None for f in folders]
-    return ([images[n] for n in names], None if None in labels else labels)
+    classes = sorted({f for f in folders if f and not f.isdigit() and f not in ("train", "test")})
+    known = listed or {n: classes.index(f) for n, f in zip(names, folders) if len(classes) > 1
+                       and f in classes}
+    labels = [known.get(n) for n in names]
+    return (torch.from_numpy(np.stack([images[n] for n in names])).permute(0, 3, 1, 2).contiguous(),
+            None if None in labels else torch.tensor(labels))
+
+
+def _array(path):
+    """An .npy or .npz, channels first or last."""
+    stored = np.load(path, allow_pickle=False)
+    if path.suffix == ".npy":
+        stored = {"images": stored}
+    array = stored["images" if "images" in stored else next(iter(stored))]
+    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
+        raise ValueError(f"{array.dtype} {array.shape}, not uint8 (N, 3, H, W)")
+    if not len(array):
+        raise ValueError("no images in it")
+    if array.shape[1] != 3:
+        array = array.transpose(0, 3, 1, 2).copy()
+    labels = torch.from_numpy(stored["labels"].astype(np.int64)) if "labels" in stored else None
+    return torch.from_numpy(array), labels
 
 
 def load_images(source, split="train"):
@@ -161,37 +188,23 @@ def load_images(source, split="train"):
 
     source: "cifar10" (downloaded), the official binary archive's path, a folder, a .zip or
     .tar(.gz, .xz) of images, or an .npy or .npz of uint8 (N, 3, H, W) or (N, H, W, 3), in an .npz
-    under "images" (labels under "labels") or as the only array. split: "train" or "test", where
+    under "images" (labels under "labels") or as its first array. split: "train" or "test", where
     the source has both. Grey and palette images become RGB. Raises ValueError for sets that are
     empty, broken or of mixed sizes, naming the file; OSError for files that can't be read.
     """
-    if str(source) == "cifar10":
-        return _cifar10(download(*CIFAR10), split)
-    path = Path(source)
+    path = download(*CIFAR10) if str(source) == "cifar10" else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    try:
+    with reading(path, "a set of images"):
         if path.name.startswith("cifar-10-binary"):
             return _cifar10(path, split)
-        if path.suffix not in (".npy", ".npz"):
-            arrays, labels = _decode(path, split)
-            if not arrays:
-                raise ValueError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
-            images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-            return images, None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        stored = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            stored = {"images": stored}
-        array = stored["images"] if "images" in stored else stored[next(iter(stored))]
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, KeyError, StopIteration) as e:
-        raise ValueError(f"{path}: not a readable set of images ({e!r})") from e
-    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
-        raise ValueError(f"{path}: {array.dtype} {array.shape}, not uint8 (N, 3, H, W)")
-    if not len(array):
-        raise ValueError(f"{path}: no images in it")
-    images = torch.from_numpy(array if array.shape[1] == 3 else array.transpose(0, 3, 1, 2).copy())
-    labels = torch.from_numpy(stored["labels"].astype(np.int64)) if "labels" in stored else None
-    return images, labels
+        return _array(path) if path.suffix in (".npy", ".npz") else _decode(path, split)
+
+
+def save_images(images, path):
+    """Write uint8 (N, 3, H, W) as an .npz that load_images reads."""
+    with atomic(path) as tmp:
+        np.savez_compressed(tmp, images=images.numpy())
 
 
 def save_grid(images, path, columns=8, scale=3):
@@ -207,10 +220,37 @@ def save_grid(images, path, columns=8, scale=3):
                                       Image.Resampling.NEAREST).save(tmp, format="PNG")
 
 
+# ------------------------------------------------------------------- what every script's main needs
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line per error."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def device(name):
+    """argparse type: a torch device that is there."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"no device {name!r}: {str(e).splitlines()[0]}") from e
+    return name
+
+
 def run_main(main):
     """Run a script's main(argv); what a user can cause is one line on stderr and status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,15 +13,15 @@ import signal
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Parser, atomic, download, load_images, run_main, save_atomic, save_grid
-from ncsnpp import CONFIGS, EDMPrecond
+from data import (Parser, atomic, device, download, load_images, positive, reading, run_main,
+                  save_atomic, save_grid, save_images)
+from ncsnpp import CONFIGS, EDMPrecond, tune_cpu
 
 OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl
     "edm-cifar10-32x32-uncond-vp":
@@ -91,6 +91,19 @@ def sample(net, n, steps=18, seed=0, batch=64, labels=None, progress=False):
 
 # -------------------------------------------------------------------------------------- loading
 
+class Call:
+    """A function that a pickle may call but, as it takes no state, not alter."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("refused to alter a function")
+
+
 class Record(dict):
     """What stands in for every object of a foreign pickle: data, never code."""
 
@@ -120,11 +133,11 @@ class SafeUnpickler(pickle.Unpickler):
         "numpy.core.multiarray.scalar": Record,
         "numpy._core.multiarray.scalar": Record,
         "torch.nn.modules.container.ModuleDict": Record,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-        "torch.storage._load_from_bytes": lambda blob: torch.load(
-            io.BytesIO(blob), map_location="cpu", weights_only=True),
-        "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+        "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
+        "torch._utils._rebuild_tensor_v2": Call(torch._utils._rebuild_tensor_v2),
+        "torch.storage._load_from_bytes": Call(lambda blob: torch.load(
+            io.BytesIO(blob), map_location="cpu", weights_only=True)),
+        "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
     }
 
     def find_class(self, module, name):
@@ -148,17 +161,12 @@ def flatten(record, prefix=""):
 def read_weights(path):
     """-> state dict of an official EDM pickle, of our own checkpoint (its EMA), or of a bare state
     dict saved by torch. Raises ValueError, naming the file, if it is none of them."""
-    try:
-        with open(path, "rb") as f:
-            if f.read(2) == b"PK":                                  # torch.save's zip
-                stored = torch.load(path, map_location="cpu", weights_only=True)
-                return stored.get("ema", stored)
-            f.seek(0)
-            return flatten(SafeUnpickler(f).load()["ema"])
-    except OSError:
-        raise
-    except Exception as e:              # a broken pickle can raise anything; none of it has run
-        raise ValueError(f"{path}: not a checkpoint that can be loaded: {e}") from e
+    with reading(path, "a checkpoint"), open(path, "rb") as f:
+        if f.read(2) == b"PK":                                      # torch.save's zip
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return stored.get("ema", stored)
+        f.seek(0)
+        return flatten(SafeUnpickler(f).load()["ema"])
 
 
 def build(state, path="the checkpoint"):
@@ -203,7 +211,7 @@ def load_teacher(source):
 class TrainConfig:
     data: str = "cifar10"       # what data.load_images takes
     config: str = "compact"     # a name of ncsnpp.CONFIGS
-    kimg: int = 1000            # thousands of images to see in all
+    kimg: float = 1000          # thousands of images to see in all
     batch: int = 64
     lr: float = 1.5e-3          # Adam's, after the warm-up; falls as 1/sqrt beyond ref_kimg
     ref_kimg: float = 400.0     # images after which the learning rate falls
@@ -215,6 +223,15 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     amp: str = "no"             # "bf16" for autocast
     save_every: float = 20.0    # kimg between checkpoints
+    preview: int = 64           # samples in samples.png at each of them, 0 for none
+
+    def __post_init__(self):
+        if self.config not in CONFIGS:
+            raise ValueError(f"unknown config {self.config!r}, not one of {' '.join(CONFIGS)}")
+        if self.amp not in ("no", "bf16"):
+            raise ValueError(f"amp is no or bf16, not {self.amp!r}")
+        if min(self.kimg, self.batch, self.lr, self.save_every) <= 0 or self.preview < 0:
+            raise ValueError("kimg, batch, lr and save-every must be positive, preview at least 0")
 
 
 def half_life_to_beta(images, half_life):
@@ -229,10 +246,13 @@ class Trainer:
     """
 
     def __init__(self, cfg, images, labels=None):
+        if images.shape[1:] != (3, 32, 32):
+            raise ValueError(f"{cfg.data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
+        if CONFIGS[cfg.config].get("label_dim") and labels is None:
+            raise ValueError(f"{cfg.data} has no labels, which {cfg.config} needs")
         self.cfg, self.images, self.labels = cfg, images, labels
         torch.manual_seed(cfg.seed)
         self.net = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).train()
-        self.net.to(memory_format=torch.channels_last)      # 10-20 % faster than the default here
         self.ema = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.net.state_dict())
         self.opt = torch.optim.Adam(self.net.parameters(), betas=(0.9, 0.99), fused=True)
@@ -266,8 +286,7 @@ class Trainer:
         labels = None
         if self.net.label_dim:
             labels = torch.eye(self.net.label_dim)[self.labels[index]].to(cfg.device)
-        x0, noise = (t.to(cfg.device, memory_format=torch.channels_last) for t in (x0, noise))
-        return x0, sigma.to(cfg.device), noise, labels
+        return x0.to(cfg.device), sigma.to(cfg.device), noise.to(cfg.device), labels
 
     def step(self):
         cfg = self.cfg
@@ -295,56 +314,71 @@ class Trainer:
         return loss
 
 
+def read_run(path, cfg):
+    """The state in a run's checkpoint, if it is a run of `cfg`; ValueError names what differs."""
+    with reading(path, "a checkpoint of edm.py train"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old = state["config"]
+    for f in fields(cfg):
+        if f.name not in ("kimg", "data", "device", "save_every", "preview"):
+            if old.get(f.name) != getattr(cfg, f.name):
+                raise ValueError(f"{path} was trained with --{f.name.replace('_', '-')} "
+                                 f"{old.get(f.name)}, not {getattr(cfg, f.name)}")
+    return state
+
+
 def train(cfg, out, resume=False):
-    """Train until cfg.kimg, writing out/checkpoint.pt, log.csv and samples.png as it goes."""
+    """Train until cfg.kimg, writing out/checkpoint.pt, log.csv and samples.png as it goes.
+
+    SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
+    ValueError, OSError, or FloatingPointError for a loss that is not finite.
+    """
     out = Path(out)
     path, log = out / "checkpoint.pt", out / "log.csv"
-    images, labels = load_images(cfg.data)
-    if images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"{cfg.data}: images are {tuple(images.shape[1:])}, not (3, 32, 32)")
-    if CONFIGS[cfg.config].get("label_dim") and labels is None:
-        raise ValueError(f"{cfg.data} has no labels, and {cfg.config} needs them")
-    trainer = Trainer(cfg, images, labels)
+    state = read_run(path, cfg) if resume else None
+    if path.exists() and not resume:
+        raise ValueError(f"{path} holds a run already: add --resume, or take another --out")
+    trainer = Trainer(cfg, *load_images(cfg.data))
     if resume:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        free = ("kimg", "data", "device", "save_every")
-        for name, old in state["config"].items():
-            if name not in free and old != getattr(cfg, name):
-                raise ValueError(f"{path} was trained with {name} {old}, not {getattr(cfg, name)}")
         trainer.load(state)
-    elif path.exists():
-        raise ValueError(f"{path} holds a run already: add --resume, or take another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    before, start, saved = trainer.seconds, time.time(), -1
+    rows = list(csv.reader(log.open())) if resume and log.exists() else []
+    rows = [r for r in rows[1:] if float(r[0]) * 1000 <= trainer.seen]
 
-    stop = []                                   # a signal asks; the loop stops between two steps
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
-    bar = tqdm(total=cfg.kimg * 1000, initial=trainer.seen, unit="img", unit_scale=True)
-    start = time.time() - trainer.seconds
+    def write_log():
+        with atomic(log) as tmp, open(tmp, "w", newline="") as f:
+            csv.writer(f).writerows([["kimg", "seconds", "loss"], *rows])
 
     def save():
-        trainer.seconds = time.time() - start
+        trainer.seconds = before + time.time() - start
+        rows.append([f"{trainer.seen / 1000:g}", f"{trainer.seconds:.0f}", f"{trainer.loss:.5f}"])
         save_atomic(trainer.state(), path)
-        save_grid(sample(trainer.ema, 64), out / "samples.png")
-        row = [trainer.seen / 1000, round(trainer.seconds), round(trainer.loss, 5)]
-        rows = list(csv.reader(log.open())) if log.exists() else [["kimg", "seconds", "loss"]]
-        with atomic(log) as tmp, open(tmp, "w", newline="") as f:
-            csv.writer(f).writerows([*(r for r in rows if r[0] == "kimg" or float(r[0]) < row[0]),
-                                     row])
+        write_log()
+        if cfg.preview:
+            save_grid(sample(trainer.ema, cfg.preview), out / "samples.png")
+        return trainer.seen
 
-    while trainer.seen < cfg.kimg * 1000 and not stop:
-        trainer.step()
-        bar.update(cfg.batch)
-        bar.set_postfix(loss=f"{trainer.loss:.4f}")
-        if trainer.seen % round(1000 * cfg.save_every) < cfg.batch:
-            save()
-    bar.close()
-    save()
+    write_log()                                 # a folder that can't be written fails here
+    stop = []                                   # a signal asks, the loop answers between steps
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    with tqdm(total=cfg.kimg * 1000, initial=trainer.seen, unit="img", unit_scale=True) as bar:
+        while trainer.seen < cfg.kimg * 1000 and not stop:
+            trainer.step()
+            bar.update(cfg.batch)
+            bar.set_postfix(loss=f"{trainer.loss:.4f}")
+            if trainer.seen % round(1000 * cfg.save_every) < cfg.batch:
+                saved = save()
+    if saved != trainer.seen:
+        save()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if stop:
-        print(f"stopped at {trainer.seen} images; to go on: "
-              f"python {' '.join(sys.argv)}{'' if resume else ' --resume'}")
+        flags = " ".join(sys.argv[1:]) + ("" if resume else " --resume")
+        print(f"stopped after {trainer.seen} images; to go on: python edm.py {flags}")
         return 128 + stop[0]
-    print(f"{trainer.seen} images, loss {trainer.loss:.4f}, {trainer.seconds:.0f} s, in {path}")
+    print(f"{trainer.seen} images, loss {trainer.loss:.4f}, {trainer.seconds:.0f} s: {path}")
+    return 0
 
 
 def main(argv):
@@ -354,31 +388,30 @@ def main(argv):
     p.add_argument("--out", required=True, help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for f in fields(TrainConfig):
-        p.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default)
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                       type=device if f.name == "device" else f.type)
     p = commands.add_parser("sample", help="draw images from a teacher")
     p.add_argument("checkpoint", help="a file, a URL, or a name of NVIDIA's")
-    p.add_argument("-n", type=int, default=64)
-    p.add_argument("--steps", type=int, default=18)
+    p.add_argument("-n", type=positive, default=64, help="how many")
+    p.add_argument("--steps", type=positive, default=18, help="2 steps - 1 evaluations an image")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", default="samples.png", help=".png for a grid, .npz for the images")
-    args = vars(parser.parse_args(argv))
-    command = args.pop("command")
-    torch.set_flush_denormal(True)
-    if command == "train":
-        out, resume = args.pop("out"), args.pop("resume")
-        return train(TrainConfig(**args), out, resume)
-    net = load_teacher(args["checkpoint"]).to(args["device"])
-    start = time.time()
-    images = sample(net, args["n"], args["steps"], args["seed"], args["batch"], progress=True)
-    print(f"{len(images)} images in {time.time() - start:.1f} s, "
-          f"{2 * args['steps'] - 1} evaluations each, in {args['out']}")
-    if args["out"].endswith(".npz"):
-        with atomic(args["out"]) as tmp:
-            np.savez_compressed(tmp, images=images.numpy())
+    p.add_argument("--batch", type=positive, default=64)
+    p.add_argument("--device", type=device, default=TrainConfig.device)
+    p.add_argument("--out", default="samples.png", help=".npz for the images, else a grid as PNG")
+    args = parser.parse_args(argv)
+    tune_cpu()
+    if args.command == "train":
+        cfg = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+        return train(TrainConfig(**cfg), args.out, args.resume)
+
+    net, start = load_teacher(args.checkpoint).to(args.device), time.time()
+    images = sample(net, args.n, args.steps, args.seed, args.batch, progress=True)
+    if args.out.endswith(".npz"):
+        save_images(images, args.out)
     else:
-        save_grid(images, args["out"])
+        save_grid(images, args.out)
+    print(f"{args.n} images, {2 * args.steps - 1} evaluations each, "
+          f"in {time.time() - start:.1f} s: {args.out}")
 
 
 if __name__ == "__main__":

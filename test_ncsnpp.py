@@ -1,0 +1,158 @@
+"""ncsnpp.py held against recorded outputs of the reference implementation (fixtures/)."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ncsnpp import CONFIGS, Conv2d, EDMPrecond
+
+FIXTURE = json.loads((Path(__file__).parent / "fixtures/ncsnpp.json").read_text())
+NAMES = {"uncond-vp": "cifar10_ddpmpp_uncond", "uncond-ve": "cifar10_ncsnpp_uncond",
+         "cond-vp": "cifar10_ddpmpp_cond", "compact": "compact_ddpmpp",
+         "compact-ve": "compact_ncsnpp"}
+close = torch.testing.assert_close
+
+
+def fill(net):
+    """The fixture's rule: every tensor from RandomState(its place in the sorted state dict)."""
+    state = net.state_dict()
+    for place, name in enumerate(sorted(state)):
+        shape = tuple(state[name].shape)
+        v = np.random.RandomState(place).standard_normal(shape)
+        if name.endswith("resample_filter"):
+            continue
+        if len(shape) >= 2:
+            v *= np.sqrt(2 / np.prod(shape[1:]))
+        elif "norm" in name:
+            v = 0.1 * v + (1 if name.endswith("weight") else 0)
+        elif not name.endswith("freqs"):
+            v *= 0.1
+        state[name].copy_(torch.from_numpy(v))
+    return net.eval()
+
+
+def compact(name="compact"):
+    return fill(EDMPrecond(**CONFIGS[name]))
+
+
+def inputs(n=3):
+    sigma = torch.tensor([0.02, 0.8, 40.0])[:n]
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((n, 3, 32, 32)))
+    return (x * (0.25 + sigma.double() ** 2).sqrt()[:, None, None, None]).float(), sigma
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reference(name):
+    expected = FIXTURE[NAMES[name]]
+    net = EDMPrecond(**CONFIGS[name])
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected["tensors"]
+    assert sum(p.numel() for p in net.parameters()) == expected["params"]
+    assert net.label_dim == expected["label_dim"]
+    assert expected["kwargs"].items() <= CONFIGS[name].items()
+    x, sigma = inputs()
+    labels = torch.eye(10)[[1, 4, 9]] if net.label_dim else None
+    with torch.no_grad():
+        D_x = fill(net)(x, sigma, labels)
+    close(D_x[:, :, ::8, ::8], torch.tensor(expected["D_every8"]), rtol=0, atol=1e-4)
+    close(D_x.mean((1, 2, 3)), torch.tensor(expected["D_mean"]), rtol=0, atol=1e-4)
+    close(D_x.std((1, 2, 3)), torch.tensor(expected["D_std"]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["compact", "compact-ve", "all options"])
+def test_gradients_reach_every_parameter(name):
+    config = CONFIGS.get(name) or CONFIGS["compact"] | dict(label_dim=10, augment_dim=9, dropout=0.1)
+    net = fill(EDMPrecond(**config)).train()
+    x, sigma = inputs()
+    labels = torch.eye(10)[:3] if net.label_dim else None
+    augment = torch.randn(3, 9, generator=torch.manual_seed(0)) if net.label_dim else None
+    net(x, sigma, labels, augment).square().sum().backward()
+    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", ["compact", "compact-ve"])
+def test_logits_and_image_from_one_pass_equal_two(name):
+    net = compact(name)
+    x, sigma = inputs()
+    with torch.no_grad():
+        D_x, logits = net(x, sigma, return_logits=True)
+        close(D_x, net(x, sigma), rtol=0, atol=0)
+        close(logits, net.encode(x, sigma), rtol=0, atol=0)
+    assert logits.shape == (3, 8, 8)
+
+
+def test_work_of_a_pass():
+    """One pass gives score and logits; the encoder alone leaves the decoder alone."""
+    net, calls = compact(), []
+    for name, module in net.named_modules():
+        if isinstance(module, Conv2d):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    x, sigma = inputs()
+    net(x, sigma)
+    plain, calls[:] = list(calls), []
+    net(x, sigma, return_logits=True)
+    assert calls == plain and len(set(calls)) == len(calls)
+    calls.clear()
+    net.encode(x, sigma)
+    assert calls == [name for name in plain if ".enc." in name]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("name", ["compact", "compact-ve"])
+def test_autocast(name, dtype, tolerance):
+    net = compact(name)
+    x, sigma = inputs()
+    reference = net(x, sigma)
+    with torch.autocast("cpu", dtype):
+        D_x, logits = net(x, sigma, return_logits=True)
+        D_x.square().mean().backward()
+    assert D_x.dtype == logits.dtype == torch.float32
+    assert (D_x - reference).std() < tolerance * reference.std()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_channels_last_and_batch_size_change_nothing():
+    net = compact()
+    x, sigma = inputs()
+    with torch.no_grad():
+        D_x = net(x, sigma)
+        close(torch.cat([net(x[i:i + 1], sigma[i]) for i in range(3)]), D_x, rtol=0, atol=1e-5)
+        net.to(memory_format=torch.channels_last)
+        close(net(x.contiguous(memory_format=torch.channels_last), sigma), D_x, rtol=0, atol=1e-5)
+
+
+def test_before_training_the_denoiser_is_c_skip_x():
+    torch.manual_seed(0)
+    x, sigma = inputs()
+    D_x = EDMPrecond(**CONFIGS["compact"])(x, sigma)
+    c_skip = 0.25 / (sigma ** 2 + 0.25)             # the best linear guess for data of variance 1/4
+    close(D_x, c_skip[:, None, None, None] * x)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_resampling_against_its_definition(taps):
+    """Down: each output the filter's weighted mean; up: its transpose, times 4."""
+    f = np.outer(taps, taps) / np.sum(taps) ** 2
+    x = np.random.RandomState(0).standard_normal((6, 6))
+    size, pad = len(taps), (len(taps) - 1) // 2
+    padded = np.pad(x, pad)
+    down = [[(padded[2 * i:2 * i + size, 2 * j:2 * j + size] * f).sum() for j in range(3)]
+            for i in range(3)]
+    up = np.zeros((14 + 2 * size, 14 + 2 * size))
+    for i in range(6):
+        for j in range(6):
+            up[2 * i:2 * i + size, 2 * j:2 * j + size] += 4 * x[i, j] * f
+    x = torch.from_numpy(x).float()[None, None]
+    down = torch.tensor(np.array(down)).float()[None, None]
+    up = torch.from_numpy(up[pad:pad + 12, pad:pad + 12]).float()[None, None]
+    close(Conv2d(1, 1, 1, "down", taps).filter(x, pad), down)
+    close(Conv2d(1, 1, 1, "up", taps).filter(x, pad), up)
+
+
+def test_bad_input():
+    x, sigma = inputs()
+    with pytest.raises(ValueError, match="labels"):
+        EDMPrecond(**CONFIGS["compact"] | dict(label_dim=10))(x, sigma)
+    with pytest.raises(ValueError, match="skip"):
+        EDMPrecond(**CONFIGS["compact"] | dict(decoder_type="skip"))
