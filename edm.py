@@ -164,7 +164,7 @@ def read_weights(path):
     with reading(path, "a checkpoint"), open(path, "rb") as f:
         if f.read(2) == b"PK":                                      # torch.save's zip
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            return stored.get("ema", stored)
+            return dict(stored.get("ema", stored))
         f.seek(0)
         return flatten(SafeUnpickler(f).load()["ema"])
 
@@ -172,7 +172,8 @@ def read_weights(path):
 def build(state, path="the checkpoint"):
     """The network whose names and shapes are those of `state`, with its weights, in eval mode.
     Raises ValueError, naming the first difference to the nearest configuration, if none is."""
-    shapes = {k: tuple(v.shape) for k, v in state.items() if torch.is_tensor(v)}
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)}
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
     nearest = None
     for name, config in CONFIGS.items():
         with torch.device("meta"):
@@ -211,6 +212,7 @@ def load_teacher(source):
 class TrainConfig:
     data: str = "cifar10"       # what data.load_images takes
     config: str = "compact"     # a name of ncsnpp.CONFIGS
+    init: str = ""              # what load_teacher takes: start from its weights, to fine-tune
     kimg: float = 1000          # thousands of images to see in all
     batch: int = 64
     lr: float = 1.5e-3          # Adam's, after the warm-up; falls as 1/sqrt beyond ref_kimg
@@ -252,7 +254,11 @@ class Trainer:
             raise ValueError(f"{cfg.data} has no labels, which {cfg.config} needs")
         self.cfg, self.images, self.labels = cfg, images, labels
         torch.manual_seed(cfg.seed)
-        self.net = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).train()
+        self.net = EDMPrecond(**CONFIGS[cfg.config])
+        if cfg.init:
+            with reading(cfg.init, f"a network of the configuration {cfg.config}"):
+                self.net.load_state_dict(load_teacher(cfg.init).state_dict())
+        self.net.to(cfg.device).train()
         self.ema = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.net.state_dict())
         self.opt = torch.optim.Adam(self.net.parameters(), betas=(0.9, 0.99), fused=True)
@@ -320,7 +326,7 @@ def read_run(path, cfg):
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = state["config"]
     for f in fields(cfg):
-        if f.name not in ("kimg", "data", "device", "save_every", "preview"):
+        if f.name not in ("kimg", "data", "init", "device", "save_every", "preview"):
             if old.get(f.name) != getattr(cfg, f.name):
                 raise ValueError(f"{path} was trained with --{f.name.replace('_', '-')} "
                                  f"{old.get(f.name)}, not {getattr(cfg, f.name)}")
@@ -328,7 +334,8 @@ def read_run(path, cfg):
 
 
 def train(cfg, out, resume=False):
-    """Train until cfg.kimg, writing out/checkpoint.pt, log.csv and samples.png as it goes.
+    """Train until cfg.kimg. As it goes it writes, to the folder `out`, checkpoint.pt (all that
+    --resume needs), teacher.pt (the averaged weights alone), log.csv and samples.png.
 
     SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
     ValueError, OSError, or FloatingPointError for a loss that is not finite.
@@ -353,6 +360,8 @@ def train(cfg, out, resume=False):
         trainer.seconds = before + time.time() - start
         rows.append([f"{trainer.seen / 1000:g}", f"{trainer.seconds:.0f}", f"{trainer.loss:.5f}"])
         save_atomic(trainer.state(), path)
+        save_atomic({"config": asdict(cfg), "seen": trainer.seen, "ema": trainer.ema.state_dict()},
+                    out / "teacher.pt")
         write_log()
         if cfg.preview:
             save_grid(sample(trainer.ema, cfg.preview), out / "samples.png")

@@ -51,7 +51,8 @@ def test_fourth_column_of_table_1_in_the_logit(name, lam, column):
 
 @pytest.mark.parametrize("name, lam, table", [
     ("lr", 1, lambda r: r * r.log() - (1 + r) * (1 + r).log()),
-    ("kl", 1, lambda r: r * r.log() - r), ("be", 1, lambda r: -r.log()), ("ls", 1, lambda r: r ** 2 / 2),
+    ("kl", 1, lambda r: r * r.log() - r), ("be", 1, lambda r: -r.log()),
+    ("ls", 1, lambda r: r ** 2 / 2),
     ("sba", 5, lambda r: (r ** 6 - r) / 30), ("sba", -0.5, lambda r: (r ** 0.5 - r) / -0.25),
     ("sba", 0, lambda r: r * r.log()), ("sba", -1, lambda r: -r.log())])
 def test_h_is_table_1s(name, lam, table):

@@ -80,7 +80,8 @@ def test_labels_of_edms_format(tmp_path):
     """Numbered folders are no classes; dataset.json tells."""
     files = {f"00000/img{i}.png": png(p) for i, p in enumerate(PIXELS)}
     assert load_images(write(tmp_path / "a.zip", files))[1] is None
-    files["dataset.json"] = json.dumps({"labels": [[n, i % 3] for i, n in enumerate(files)]}).encode()
+    listed = {"labels": [[name, i % 3] for i, name in enumerate(files)]}
+    files["dataset.json"] = json.dumps(listed).encode()
     assert load_images(write(tmp_path / "b.zip", files))[1].tolist() == [0, 1, 2, 0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""edm.py: the sampler against an exact solution, exact resumption, and loading that runs no code."""
+"""edm.py: the sampler against an exact solution, exact resumption, loading that runs no code."""
 import csv
 import io
 import os
@@ -59,7 +59,7 @@ def test_karras_grid():
 
 
 def test_loss_of_the_exact_denoiser():
-    """E[lambda (D - x0)^2] = lambda sigma^2 s^2 / (s^2 + sigma^2), which is 1 for s = sigma_data."""
+    """E[lambda (D - x0)^2] = lambda sigma^2 s^2 / (s^2 + sigma^2): 1 for s = sigma_data."""
     g = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(64, 3, 32, 32, generator=g, dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
@@ -130,6 +130,15 @@ def test_ema_is_the_average_of_the_weights():
         close(trainer.ema.state_dict()[name], expected)
 
 
+def test_init_starts_from_other_weights(tmp_path):
+    net = compact()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    trainer = Trainer(TrainConfig(**TINY, init=str(tmp_path / "a.pt")), IMAGES)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in trainer.ema.state_dict().items())
+    with pytest.raises(ValueError, match="a.pt: not a network of the configuration compact-ve"):
+        Trainer(TrainConfig(**TINY, init=str(tmp_path / "a.pt"), config="compact-ve"), IMAGES)
+
+
 def run(*args, cwd, **kwargs):
     return subprocess.run([sys.executable, HERE / "edm.py", *map(str, args)], cwd=cwd,
                           capture_output=True, text=True, **kwargs)
@@ -148,7 +157,7 @@ def teacher_run(tmp_path_factory):
 
 def test_command_line_trains_resumes_and_samples(teacher_run, tmp_path):
     assert {p.name for p in (teacher_run / "run").iterdir()} == \
-        {"checkpoint.pt", "log.csv", "samples.png"}
+        {"checkpoint.pt", "teacher.pt", "log.csv", "samples.png"}
     rows = list(csv.DictReader((teacher_run / "run/log.csv").open()))
     assert [r["kimg"] for r in rows] == ["0.02", "0.04"] and float(rows[1]["loss"]) > 0
     done = run("train", "--out", "run", "--data", "images.npz", "--kimg", 0.08, "--batch", 10,
@@ -288,6 +297,8 @@ def test_own_checkpoints_and_bare_state_dicts(tmp_path, teacher_run):
     trained = torch.load(teacher_run / "run/checkpoint.pt", weights_only=True)
     loaded = load_teacher(teacher_run / "run/checkpoint.pt").state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in trained["ema"].items())
+    small = load_teacher(teacher_run / "run/teacher.pt").state_dict()
+    assert all(torch.equal(small[k], v) for k, v in loaded.items())
     torch.save(trained["ema"], tmp_path / "bare.pt")
     load_teacher(tmp_path / "bare.pt")
 

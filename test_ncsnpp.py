@@ -62,7 +62,8 @@ def test_reference(name):
 
 @pytest.mark.parametrize("name", ["compact", "compact-ve", "all options"])
 def test_gradients_reach_every_parameter(name):
-    config = CONFIGS.get(name) or CONFIGS["compact"] | dict(label_dim=10, augment_dim=9, dropout=0.1)
+    everything = CONFIGS["compact"] | dict(label_dim=10, augment_dim=9, dropout=0.1)
+    config = CONFIGS.get(name, everything)
     net = fill(EDMPrecond(**config)).train()
     x, sigma = inputs()
     labels = torch.eye(10)[:3] if net.label_dim else None

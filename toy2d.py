@@ -134,6 +134,7 @@ class Config:
     lr_f: float = 3e-3          # fake score's and classifier's
     ema: float = 0.999          # of the student's weights, which are what is measured
     sigma_init: float = 1.4     # G(eps) starts as the teacher's D(sigma_init eps; sigma_init)
+    init_steps: int = 500       # by a regression of so many steps
     sigma_min: float = 0.02     # noise levels, log-uniform
     sigma_max: float = 2.0
     anneal: float = 0.25        # share of the run over which sigma_min falls from 0.5 to its value
@@ -154,7 +155,8 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {' '.join(filter(None, known))}, "
                                  f"not {getattr(self, name)!r}")
-        for name in ("steps", "batch", "width", "lr_g", "lr_f", "sigma_min", "sigma_init"):
+        for name in ("steps", "batch", "width", "lr_g", "lr_f", "sigma_min", "sigma_init",
+                     "init_steps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if not abs(self.lam) <= 50:
@@ -210,8 +212,9 @@ class Distiller:
         u = (u + torch.rand(n, 1, generator=self.g, device=cfg.device)) / n
         return low * (cfg.sigma_max / low) ** u
 
-    def copy_weights(self, steps=500):
+    def copy_weights(self):
         """The student's start: a regression to the teacher's denoiser at sigma_init."""
+        steps = self.cfg.init_steps
         opt = torch.optim.Adam(self.G.parameters(), fused=True)
         sigma = torch.full((512, 1), self.cfg.sigma_init, device=self.cfg.device)
         for i in range(steps):
