@@ -49,7 +49,7 @@ CONFIGS = {         # FID as EDM's Table 2 has it, by Heun with 35 evaluations; 
     "compact": _DDPMPP | _COMPACT,                              # 0.74 M parameters, 0.23 GFLOP
     "compact-ve": _NCSNPP | _COMPACT,                           # 0.75 M
     "uncond-vp": _DDPMPP | _CIFAR10,                            # 55.7 M, 42 GFLOP, FID 1.97
-    "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M, FID 1.98
+    "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M
     "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79
 }
 
