@@ -562,6 +562,8 @@ def main(argv):
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"toy2d.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    errors = ", ".join(f"{e:.2f} at {level}" for level, e in result["log_r_by_sigma"].items())
+    print(f"the classifier's error in log r, root-mean-square, by sigma: {errors}")
     print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
           f"on a mode {result['on_mode']:.3f}, KL(p|q) {result['kl_pq']:.3f}, "
           f"KL(q|p) {result['kl_qp']:.3f}, {result['seconds']:.0f} s: {picture}")
