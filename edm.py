@@ -38,7 +38,7 @@ def edm_loss(net, x0, sigma, noise, labels=None):
 
     x0: float [-1, 1] (N, 3, H, W). sigma: (N,). noise: standard normal, like x0. Returns (N,).
     """
-    sigma_data = 0.5
+    sigma_data = EDMPrecond.sigma_data
     weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2         # lambda(sigma)
     D_x = net(x0 + sigma[:, None, None, None] * noise, sigma, labels)
     return weight * (D_x - x0).square().mean(dim=(1, 2, 3))
@@ -72,9 +72,9 @@ def to_uint8(x):
 
 
 def sample(net, n, steps=18, seed=0, batch=64, labels=None, progress=False):
-    """n samples, uint8 (n, 3, 32, 32) on the CPU; seeded per image, so that neither batch size
-    nor device changes what is drawn. labels: int64 (n,); where a class-conditional network gets
-    none, the classes take turns."""
+    """n samples, uint8 (n, 3, 32, 32) on the CPU; from one stream of noise on the CPU, so that
+    neither batch size nor device changes what is drawn. labels: int64 (n,); where a
+    class-conditional network gets none, the classes take turns."""
     device = next(net.parameters()).device
     generator, images = torch.Generator().manual_seed(seed), []
     if net.label_dim and labels is None:

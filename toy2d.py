@@ -58,6 +58,7 @@ class Mixture:
         return x + sigma ** 2 * self.score(x, sigma)
 
     def sample(self, n, generator):
+        """n clean samples, (n, 2)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, 2, generator=generator, device=self.means.device)
         return self.means[k] + self.std * noise
@@ -182,6 +183,8 @@ def two_stage(log_r, bins=10):
 
 
 class Distiller:
+    """Algorithm 1, an iteration a step(); the line numbers in the comments are the paper's."""
+
     def __init__(self, cfg):
         self.cfg, self.b = cfg, bregman.get(cfg.h, cfg.lam)
         torch.manual_seed(cfg.seed)
@@ -226,6 +229,7 @@ class Distiller:
             opt.step()
 
     def log_r(self, x_t, sigma, logit):
+        """log q_sigma / p_sigma at x_t, (N,): line 9, or the truth with --ratio exact."""
         if self.cfg.ratio == "classifier":
             return -logit                                                           # log r = -l
         bank = self.G(self.normal(2048))
@@ -274,6 +278,7 @@ class Distiller:
         return gradient - cfg.gan * torch.sigmoid(-logit)[:, None] * slope          # line 13
 
     def step(self):
+        """One pass through lines 3 to 22 -> the losses of the fake score and the classifier."""
         cfg, n = self.cfg, self.cfg.batch
         decay = 0.5 + 0.5 * math.cos(math.pi * self.done / cfg.steps)
         self.opt_g.param_groups[0]["lr"] = cfg.lr_g * max(decay, 0.01)
