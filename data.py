@@ -8,6 +8,7 @@ hand, under its own name, is used as if it had been downloaded.
 """
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -202,9 +203,16 @@ def load_images(source, split="train"):
 
 
 def save_images(images, path):
-    """Write uint8 (N, 3, H, W) as an .npz that load_images reads."""
+    """Write uint8 (N, 3, H, W) as an .npz or, a quarter smaller, as a .zip of lossless WebP; both
+    are read by load_images."""
     with atomic(path) as tmp:
-        np.savez_compressed(tmp, images=images.numpy())
+        if tmp.suffix != ".zip":
+            return np.savez_compressed(tmp, images=images.numpy())
+        with zipfile.ZipFile(tmp, "w") as z:
+            for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+                blob = io.BytesIO()
+                Image.fromarray(image).save(blob, "WebP", lossless=True, quality=100, method=6)
+                z.writestr(zipfile.ZipInfo(f"{i:06}.webp"), blob.getvalue())    # no time stamp
 
 
 def save_grid(images, path, columns=8, scale=3):
@@ -221,6 +229,21 @@ def save_grid(images, path, columns=8, scale=3):
 
 
 # ------------------------------------------------------------------- what every script's main needs
+
+def tune_cpu():
+    """Make the CPU as fast as it can be for these networks, in this process.
+
+    Denormal numbers, 100 times slower than others, become 0; and glibc keeps the memory of freed
+    tensors instead of giving it back to Linux, which would clear every page of every feature map
+    anew (15-20 % of a training step).
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):                            # musl has none
+            libc.mallopt(-4, 0)                                 # M_MMAP_MAX: the heap for all sizes
+            libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never shrink it
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line per error."""

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data import (Parser, atomic, device, download, load_images, positive, reading, run_main,
-                  save_atomic, save_grid, save_images)
-from ncsnpp import CONFIGS, EDMPrecond, tune_cpu
+                  save_atomic, save_grid, save_images, tune_cpu)
+from ncsnpp import CONFIGS, EDMPrecond
 
 OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl
     "edm-cifar10-32x32-uncond-vp":
@@ -406,7 +406,7 @@ def main(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=positive, default=64)
     p.add_argument("--device", type=device, default=TrainConfig.device)
-    p.add_argument("--out", default="samples.png", help=".npz for the images, else a grid as PNG")
+    p.add_argument("--out", default="samples.png", help=".npz or .zip, else a grid as PNG")
     args = parser.parse_args(argv)
     tune_cpu()
     if args.command == "train":
@@ -415,7 +415,7 @@ def main(argv):
 
     net, start = load_teacher(args.checkpoint).to(args.device), time.time()
     images = sample(net, args.n, args.steps, args.seed, args.batch, progress=True)
-    if args.out.endswith(".npz"):
+    if args.out.endswith((".npz", ".zip")):
         save_images(images, args.out)
     else:
         save_grid(images, args.out)

@@ -10,31 +10,13 @@ logits are the channel mean of the encoder's last features (SiDA, arXiv 2410.149
     D_x, logits = net(x, sigma, return_logits=True)    # one pass for both
     logits = net.encode(x, sigma)                      # encoder alone
 """
-import ctypes
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 SQRT_HALF = math.sqrt(0.5)
-
-
-def tune_cpu():
-    """Make the CPU as fast as it can be for these networks, in this process.
-
-    Denormal numbers, 100 times slower than others, become 0; and glibc keeps the memory of freed
-    tensors instead of giving it back to Linux, which would clear every page of every feature map
-    anew (15-20 % of a training step).
-    """
-    torch.set_flush_denormal(True)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):                            # musl has none
-            libc.mallopt(-4, 0)                                 # M_MMAP_MAX: the heap for all sizes
-            libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never shrink it
-
 
 _DDPMPP = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
                channel_mult_noise=1, resample_filter=[1, 1])
@@ -48,6 +30,7 @@ _COMPACT = dict(model_channels=16, channel_mult=[1, 2, 4], dropout=0.0, augment_
 CONFIGS = {         # FID as EDM's Table 2 has it, by Heun with 35 evaluations; FLOP of one forward
     "compact": _DDPMPP | _COMPACT,                              # 0.74 M parameters, 0.23 GFLOP
     "compact-ve": _NCSNPP | _COMPACT,                           # 0.75 M
+    "compact-cond": _DDPMPP | _COMPACT | dict(label_dim=10),    # 0.74 M
     "uncond-vp": _DDPMPP | _CIFAR10,                            # 55.7 M, 42 GFLOP, FID 1.97
     "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M
     "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79

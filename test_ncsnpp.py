@@ -43,7 +43,7 @@ def inputs(n=3):
     return (x * (0.25 + sigma.double() ** 2).sqrt()[:, None, None, None]).float(), sigma
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_reference(name):
     expected = FIXTURE[NAMES[name]]
     net = EDMPrecond(**CONFIGS[name])
