@@ -115,6 +115,24 @@ def batch_weights(log_weight):
     return w, 1 / w.square().mean()
 
 
+def two_stage(log_r, bins=10):
+    """f-distill's first stage: u = 1/r in [0.1, 20], over its mean in its noise level's bin.
+    log_r: (n,), sorted by noise level, so that bins are slices. Returns log r anew; the second
+    stage is batch_weights."""
+    u = (-log_r.clamp(-10, 10)).exp().clamp(0.1, 20)
+    return torch.cat([(part.mean() / part).log() for part in u.tensor_split(bins)])
+
+
+def temper(log_weight, least):
+    """The largest tau in [0, 1], to 0.01, at which batch_weights(tau log_weight) has an effective
+    sample size of at least `least`, in [0, 1]: adaptive tempering, as sequential Monte Carlo has
+    it (Jasra et al. 2011). SBA's lambda becomes tau lambda, KL stays KL. log_weight: (n,)."""
+    tau = torch.linspace(0, 1, 101, device=log_weight.device)
+    w = (tau[:, None] * log_weight).softmax(1)                              # (101, n)
+    ess = 1 / (log_weight.numel() * w.square().sum(1))
+    return tau[ess >= min(least, 1 - 1e-4)].max()
+
+
 def print_table():
     """Table 1, with h''(r) r at r = 0.5, 1 and 2; SBA at lam = 5, the paper's choice."""
     print(f"{'name':<10}{'h(r)':<29}{'weight':<13}{'r=0.5':>8}{'r=1':>8}{'r=2':>8}   D_h(r||1)")

@@ -19,6 +19,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -38,17 +39,19 @@ import bregman
 import fid
 from data import (Parser, atomic, device, load_images, positive, reading, run_main, save_atomic,
                   save_grid, save_images, tune_cpu)
-from edm import build, half_life_to_beta, heun, load_teacher, to_uint8
+from edm import build, half_life_to_beta, load_teacher, sample, to_uint8
 
 HERE = Path(__file__).parent
+SCALE = 2.0 ** 12           # of a loss before fp16 would lose its gradient, taken out again after
 
 PRESETS = {
     "compact": {},                                      # the defaults below: two cores, no network
-    "smoke": dict(kimg=0.256, batch=16, wait_kimg=0.064, eval_every=0.128, eval_n=200),
+    "smoke": dict(kimg=0.256, batch=16, wait_kimg=0.064, eval_every=0.128, eval_n=200, preview=16),
     "paper": dict(                                      # Appendix D; SiDA's settings for the rest
-        teacher="edm-cifar10-32x32-uncond-vp", data="cifar10", bank="", kimg=15_000, batch=256,
+        h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", data="cifar10", bank="",
+        kimg=15_000, batch=256,
         lr_g=1e-5, lr_f=1e-5, wait_kimg=100, ema_kimg=500, clip=10, grad_clip=1.0, ess=0.0,
-        features="inception", eval_every=1000, eval_n=50_000),
+        features="inception", eval_every=1000, eval_n=50_000, save_every=250),
 }
 
 
@@ -56,9 +59,9 @@ PRESETS = {
 class Config:
     h: str = "kl"               # a name of bregman.NAMES
     lam: float = 5.0            # SBA's lambda
-    teacher: str = str(HERE / "pretrained/compact_teacher.pt")          # what load_teacher takes
-    data: str = str(HERE / "pretrained/compact_teacher_samples.zip")    # the classifier's p: images
-    bank: str = str(HERE / "pretrained/compact_teacher_samples.zip")    # the teacher's, to judge by
+    teacher: str = "pretrained/compact_teacher.pt"      # what load_teacher takes
+    data: str = "pretrained/compact_teacher_samples.zip"    # images for the classifier's p
+    bank: str = "pretrained/compact_teacher_samples.zip"    # the teacher's samples, to judge by
     reference: str = "cifar10"  # the data to judge by: what fid.py takes
     cond: bool = False          # a class-conditional teacher
     kimg: float = 30            # thousands of generated images, the run's length
@@ -87,6 +90,7 @@ class Config:
     features: str = "compact"   # of the distance: "compact" or "inception", see fid.py
     eval_every: float = 5.0     # kimg between rows of log.csv, grids and curve.png
     eval_n: int = 2000          # samples for a row
+    preview: int = 64           # samples in each picture
     save_every: float = 2.0     # kimg between checkpoints
 
     def __post_init__(self):
@@ -101,7 +105,7 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{f.name.replace('_', '-')} must be finite, not {value}")
         for name in ("kimg", "batch", "accumulate", "lr_g", "lr_f", "sigma_init", "p_std", "eval_n",
-                     "eval_every", "save_every"):
+                     "preview", "eval_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         for name in ("wait_kimg", "clip", "gan", "ema_kimg", "grad_clip"):
@@ -109,6 +113,11 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
         if not (0 <= self.ess <= 1 and 0 < self.t_max <= 1):
             raise ValueError("need 0 <= ess <= 1 and 0 < t-max <= 1")
+        if self.norm == "two-stage" and self.batch < 20:
+            raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
+        if self.compile and (self.gan or self.teacher_free):
+            raise ValueError("--compile goes with neither --gan nor --teacher-free: compiled "
+                             "networks can't be differentiated twice in one step")
         parts = world() * self.accumulate
         if self.batch % parts:
             raise ValueError(f"batch {self.batch} is not divisible into {world()} processes "
@@ -134,24 +143,7 @@ def gather(values):
     return torch.stack(shares, 1).flatten()
 
 
-# ---------------------------------------------------------------------------------- the weights
-
-def two_stage(log_r, bins=10):
-    """f-distill's first stage: u = 1/r in [0.1, 20], over its mean in its noise level's bin; the
-    batch is sorted by noise level, so that bins are slices. The second stage is batch_weights."""
-    u = (-log_r.clamp(-10, 10)).exp().clamp(0.1, 20)
-    return torch.cat([(part.mean() / part).log() for part in u.chunk(bins)])
-
-
-def temper(log_w, least):
-    """The largest tau in [0, 1] for which softmax(tau log_w) has an effective sample size of at
-    least the share `least` of the batch; by SMC's name adaptive tempering. SBA's lambda becomes
-    tau lambda, and KL stays KL."""
-    tau = torch.linspace(0, 1, 101, device=log_w.device)
-    w = (tau[:, None] * log_w).softmax(1)
-    ess = 1 / (len(log_w) * w.square().sum(1))
-    return tau[ess >= min(least, 1 - 1e-4)].max()
-
+# ----------------------------------------------------------------------------- the fake network
 
 def trained(net):
     return [p for p in net.parameters() if p.requires_grad]
@@ -197,6 +189,9 @@ class Distiller:
                              f"conditional: {'add' if teacher.label_dim else 'leave out'} --cond")
         if cfg.cond and labels is None:
             raise ValueError(f"{cfg.data} has no labels, which --cond needs")
+        if cfg.cond and labels.max() >= teacher.label_dim:
+            raise ValueError(f"{cfg.data} has more classes than {cfg.teacher}")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
         self.images, self.labels = images.to(cfg.device), labels
         form = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.teacher = teacher.to(cfg.device, memory_format=form).eval().requires_grad_(False)
@@ -217,7 +212,7 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.seen, self.sums = 0, {}            # images so far; what happened since the last row
         if cfg.compile:
-            for net in (self.G, self.fake, self.teacher):
+            for net in (self.G, self.fake, self.teacher, self.ema):
                 net.compile()
             self.fake.encode = torch.compile(self.fake.encode)
         self.G_step, self.fake_loss = self.G, FakeLoss(self.fake)
@@ -293,9 +288,11 @@ class Distiller:
             logit, adversarial = logits.float().mean((1, 2)), 0
             if cfg.gan:                                                                 # line 13
                 loss = F.softplus(-logits.float()).mean((1, 2)).sum()
-                adversarial, = torch.autograd.grad(loss, x_t, retain_graph=cfg.teacher_free)
+                adversarial, = torch.autograd.grad(loss * SCALE, x_t, retain_graph=cfg.teacher_free)
+                adversarial = adversarial / SCALE
             if cfg.teacher_free:
-                slope, = torch.autograd.grad(logit.sum(), x_t)
+                slope, = torch.autograd.grad(logit.sum() * SCALE, x_t)
+                slope = slope / SCALE
         if cfg.teacher_free:                    # Eq. (37), sign corrected: grad log r = -slope
             c_out = sigma * 0.5 / (sigma ** 2 + 0.25).sqrt()
             return -slope * sigma ** 2 / c_out, adversarial, -logit.detach()
@@ -308,9 +305,9 @@ class Distiller:
         """log r (B,) of the global batch, sorted by noise level -> the weights h''(r) r (B,)."""
         cfg = self.cfg
         if cfg.norm == "two-stage":
-            log_r = two_stage(log_r)
+            log_r = bregman.two_stage(log_r)
         log_w = self.b.log_weight(log_r.clamp(-cfg.clip, cfg.clip))
-        tau = temper(log_w, cfg.ess) if cfg.ess else torch.ones((), device=log_w.device)
+        tau = bregman.temper(log_w, cfg.ess) if cfg.ess else torch.ones((), device=log_w.device)
         w, ess = bregman.batch_weights(tau * log_w)
         if cfg.norm == "none":
             w = (tau * log_w).exp()
@@ -322,8 +319,9 @@ class Distiller:
             gaps, adversarial, log_r = zip(*map(self.compare, (x.detach() for x in xs), parts))
             size = gather(torch.cat([gap.abs().mean((1, 2, 3)) for gap in gaps]))
             log_r, sigma = gather(torch.cat(log_r)), gather(torch.cat([p.sigma for p in parts]))
+            self.check(sigma, log_r=log_r, score_gap=size)
             w, seen = self.weigh(log_r)                                                 # line 10
-            self.check(sigma, log_r=log_r, weight=w, score_gap=size)
+            self.check(sigma, weight=w)
         ws = w[rank()::world()].chunk(len(parts))
         self.opt_g.zero_grad()
         for i, (p, x, gap, a, w_i) in enumerate(zip(parts, xs, gaps, adversarial, ws)):
@@ -335,7 +333,7 @@ class Distiller:
                 surrogate = (x * gradient).mean() / len(parts)      # its gradient is Eq. (4)'s
                 self.scaler_g.scale(surrogate).backward()
         self.scaler_g.unscale_(self.opt_g)
-        seen["grad_g"] = torch.nn.utils.get_total_norm([q.grad for q in trained(self.G)])
+        seen["grad_g"] = self.gradient_norm("generator", self.G)
         self.scaler_g.step(self.opt_g)                                                  # line 15
         self.scaler_g.update()
         return seen | dict(log_r=log_r.mean(), log_r_std=log_r.std())
@@ -354,8 +352,7 @@ class Distiller:
         sigma = gather(torch.cat([p.sigma_f for p in parts]))
         self.check(sigma, loss_score=score, loss_class=classifier)
         self.scaler_f.unscale_(self.opt_f)
-        grads = [q.grad for q in trained(self.fake) if q.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self.gradient_norm("fake network", self.fake)
         if self.cfg.grad_clip:
             torch.nn.utils.clip_grad_value_(self.fake.parameters(), self.cfg.grad_clip)
         self.scaler_f.step(self.opt_f)
@@ -373,7 +370,9 @@ class Distiller:
         if moving:
             life = min(1e3 * self.cfg.ema_kimg, 0.1 * (self.seen - 1e3 * self.cfg.wait_kimg))
             beta = half_life_to_beta(self.cfg.batch, life)
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.G.parameters()), 1 - beta)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.G.parameters()),
+                                     1 - beta)
         for name, value in seen.items():
             value = torch.stack([value.detach().float(), torch.ones_like(value)])
             self.sums[name] = self.sums.get(name, 0) + value
@@ -393,6 +392,13 @@ class Distiller:
             raise FloatingPointError(f"after {self.seen} images: {list(named)[which]} is "
                                      f"{values[which, i].item():g} at sigma = {sigma[i].item():.4g}"
                                      "; the last checkpoint stays as it was")
+
+    def gradient_norm(self, what, net):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained(net) if p.grad is not None])
+        if not norm.isfinite() and self.cfg.amp != "fp16":      # whose scaler skips such a step
+            raise FloatingPointError(f"after {self.seen} images: the {what}'s gradient is "
+                                     f"{norm.item():g}; the last checkpoint stays as it was")
+        return norm
 
     def sync(self, net, last):
         """DistributedDataParallel averages gradients with the last part of a batch only."""
@@ -428,13 +434,13 @@ class Judge:
         self.bank = None if bank is None else fid.measure(bank, self.net)
 
     def __call__(self, G):
-        """-> a row's distances, and the first 64 samples."""
+        """-> a row's distances, and the first samples."""
         images = one_step(G, self.cfg.eval_n, self.cfg.sigma_init)
         m = fid.measure(images, self.net)
         row = {"to_data": fid.frechet(m.mu, m.sigma, self.data.mu, self.data.sigma)}
         if self.bank:
             row["to_teacher"] = fid.frechet(m.mu, m.sigma, self.bank.mu, self.bank.sigma)
-        return row | {"score": m.score[0]}, images[:64]
+        return row | {"score": m.score[0]}, images[:self.cfg.preview]
 
     def teachers_own(self):
         """The same distances for the bank itself: the floor. To the teacher: half against half."""
@@ -455,7 +461,7 @@ def timed(f):
 # --------------------------------------------------------------------------------------- a run
 
 # what a resumed run may change
-FREE = ("kimg", "device", "compile", "channels_last", "tf32", "eval_every", "save_every")
+FREE = ("kimg", "device", "compile", "tf32", "eval_every", "save_every")
 ROW = ("kimg", "seconds", "to_data", "to_teacher", "score", "ess", "tau", "log_r", "log_r_std",
        "loss_score", "loss_class", "grad_g", "grad_f")
 
@@ -476,15 +482,21 @@ def read_run(path, cfg=None):
 
 def load_all(cfg):
     """-> teacher, images, labels, the judge's network, bank. What can't be had is named at once."""
-    wanted = [lambda: load_teacher(cfg.teacher), lambda: load_images(cfg.data),
+    def find(name):             # what is shipped is found from every folder
+        return HERE / name if name.startswith("pretrained/") else name
+    wanted = [lambda: load_teacher(find(cfg.teacher)), lambda: load_images(find(cfg.data)),
               lambda: fid.load_net(cfg.features),
-              lambda: load_images(cfg.bank)[0] if cfg.bank else None]
+              lambda: load_images(find(cfg.bank))[0] if cfg.bank else None]
     got, missing = [], []
+    if rank() > 0:
+        dist.barrier()          # process 0 downloads
     for load in wanted:
         try:
             got.append(load())
         except OSError as e:
             missing.append(str(e))
+    if world() > 1 and rank() == 0:
+        dist.barrier()
     if missing:
         raise OSError("; ".join(dict.fromkeys(missing)))
     teacher, (images, labels), net, bank = got
@@ -518,12 +530,13 @@ def draw_curve(rows, own, name, path):
 
 
 def draw_samples(teacher, student, path):
-    """Two grids of 64, from the same noise."""
-    plt = pyplot()
+    """Two grids, from the same noise."""
+    plt, side = pyplot(), math.isqrt(len(teacher))
     fig, axes = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
     for ax, images, title in ((axes[0], teacher, "teacher: 35 evaluations"),
                               (axes[1], student, "student: 1 evaluation, same noise")):
-        grid = images[:64].view(8, 8, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(256, 256, 3)
+        grid = images[:side ** 2].view(side, side, 3, 32, 32).permute(0, 3, 1, 4, 2)
+        grid = grid.reshape(side * 32, side * 32, 3)
         ax.imshow(grid.numpy(), interpolation="nearest")
         ax.set(title=title, xticks=[], yticks=[])
     with atomic(path) as tmp:
@@ -548,7 +561,8 @@ def run(cfg, out, resume=False):
         state = read_run(path, cfg)
     elif path.exists():
         raise FileExistsError(f"{path} exists: add --resume to go on, or choose another --out")
-    write_csv(state["rows"] if state else [], out / "log.csv")      # a full disk shows here
+    if main:
+        write_csv(state["rows"] if state else [], out / "log.csv")      # a full disk shows here
     teacher, images, labels, net, bank = load_all(cfg)
     d = Distiller(cfg, teacher, images, labels)
     judge = Judge(cfg, net, bank) if main else None
@@ -587,13 +601,13 @@ def run(cfg, out, resume=False):
         while d.seen < cfg.kimg * 1e3 and not agreed(stop, cfg.device):
             d.step()
             bar.update(cfg.batch)
-            if d.seen % round(1e3 * cfg.eval_every) < cfg.batch:
+            if d.seen % max(1, round(1e3 * cfg.eval_every)) < cfg.batch:
                 evaluate()
             if main:
                 bar.set_postfix_str(f"{name} {rows[-1][key]:.3g}", refresh=False)
-            if d.seen % round(1e3 * cfg.save_every) < cfg.batch:
+            if d.seen % max(1, round(1e3 * cfg.save_every)) < cfg.batch:
                 saved = save()
-    if main and rows[-1]["kimg"] * 1e3 != d.seen and not stop:
+    if main and round(rows[-1]["kimg"] * 1e3) != d.seen and not stop:
         evaluate()
     if saved != d.seen:
         save()
@@ -601,9 +615,9 @@ def run(cfg, out, resume=False):
         signal.signal(s, handler)
     if stop:
         if main:
-            flags = " ".join(a for a in sys.argv[1:] if a != "--resume")
-            print(f"stopped after {d.seen} images; "
-                  f"to go on: python cifar_distill.py {flags} --resume")
+            start = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+            flags = shlex.join([a for a in sys.argv[1:] if a != "--resume"] + ["--resume"])
+            print(f"stopped after {d.seen} images; to go on: {start} cifar_distill.py {flags}")
         return 128 + stop[0]
     return finish(cfg, out, d, rows, own, name, seconds()) if main else 0
 
@@ -619,13 +633,11 @@ def agreed(stop, where):
 
 def finish(cfg, out, d, rows, own, name, seconds):
     """samples.png, result.json, and one line."""
-    z = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(cfg.device)
-    c = torch.eye(10, device=cfg.device)[torch.arange(64) % 10] if cfg.cond else None
-    one_step(d.ema, 64, cfg.sigma_init)                             # both networks warm
-    heun(d.teacher, z, 1, c)
-    teachers, slow = timed(lambda: to_uint8(heun(d.teacher, z, 18, c)).cpu())
-    students, fast = timed(lambda: one_step(d.ema, 512, cfg.sigma_init))
-    slow, fast = slow / 64, fast / 512
+    n, many = cfg.preview, 8 * cfg.preview
+    sample(d.teacher, n, steps=18 if cfg.compile else 1)            # both networks warm
+    teachers, slow = timed(lambda: sample(d.teacher, n))
+    students, fast = timed(lambda: one_step(d.ema, many, cfg.sigma_init))
+    slow, fast = slow / n, fast / many
     draw_samples(teachers, students, out / "samples.png")
     result = {"distance": name, "before": rows[0], "after": rows[-1], "teacher": own,
               "images": d.seen, "seconds": seconds, "seconds_per_image": fast,
@@ -658,8 +670,11 @@ def parse(argv):
     chosen = PRESETS[preset] | args
     if preset == "paper" and chosen.get("cond") and "teacher" not in args:
         chosen["teacher"] = "edm-cifar10-32x32-cond-vp"
-    if "LOCAL_RANK" in os.environ and chosen.get("device", Config.device) == "cuda":
-        chosen["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    if world() > 1 and chosen.get("device", Config.device) == "cuda":
+        try:
+            chosen["device"] = device(f"cuda:{os.environ['LOCAL_RANK']}")
+        except argparse.ArgumentTypeError as e:
+            raise ValueError(f"one process per GPU: {e}") from e
     cfg = Config(**chosen)
     h = f"{cfg.h.lower()}{cfg.lam:g}" if cfg.h.lower() == "sba" else cfg.h.lower()
     return cfg, out or Path("runs") / f"{preset}_{h}", resume
@@ -683,7 +698,6 @@ def main(argv):
         return 0
 
     cfg, out, resume = parse(argv)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
     if world() > 1:
         kind = torch.device(cfg.device).type
         if kind == "cuda":

@@ -313,7 +313,8 @@ class Trainer:
         self.opt.step()
         self.seen += cfg.batch
         beta = half_life_to_beta(cfg.batch, min(1e3 * cfg.ema_kimg, 0.05 * self.seen))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
         beta = half_life_to_beta(cfg.batch, 5e3)            # the loss shown: half-life 5 kimg
         loss = loss.item()
         self.loss = loss if math.isnan(self.loss) else beta * self.loss + (1 - beta) * loss

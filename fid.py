@@ -440,8 +440,9 @@ def train_classifier(data, out, epochs=12, batch=128, lr=0.1, seed=0, device="cp
 
 def save_stats(measured, path):
     """Write mu, sigma (EDM's names) and n."""
-    with atomic(path) as tmp:
-        np.savez(tmp, mu=measured.mu, sigma=measured.sigma, n=measured.n)
+    n = {} if measured.n is None else {"n": measured.n}
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        np.savez(f, mu=measured.mu, sigma=measured.sigma, **n)
 
 
 def load_stats(path):

@@ -326,3 +326,22 @@ def test_command_line_errors(tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("bregman.py")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_temper_holds_the_effective_sample_size():
+    g = torch.Generator().manual_seed(0)
+    for spread in (0.1, 1.0, 5.0, 50.0):
+        log_w = spread * torch.randn(64, generator=g)
+        tau = bregman.temper(log_w, 0.5)
+        ess = bregman.batch_weights(tau * log_w)[1]
+        assert ess >= 0.5 and 0 <= tau <= 1
+        if tau < 1:                                     # the next step of tau would be too far
+            assert bregman.batch_weights((tau + 0.011) * log_w)[1] < 0.5
+    assert bregman.temper(torch.zeros(64), 1.0) == 1    # KL's weights are equal: nothing to do
+
+
+def test_two_stage_makes_the_mean_ratio_one_in_every_bin():
+    log_r = torch.linspace(-2, 2, 40)
+    u = (-bregman.two_stage(log_r, bins=4)).exp()
+    close(u.view(4, 10).mean(1), torch.ones(4))
+    assert bregman.two_stage(torch.tensor([-50.0, 50.0]), bins=1).diff() < math.log(20 / 0.1) + 1e-4

@@ -71,9 +71,12 @@ def test_arrays(tmp_path, channels_last):
     assert torch.equal(images, EXPECTED) and labels is None
 
 
-def test_save_images_reads_back(tmp_path):
-    save_images(EXPECTED, tmp_path / "new folder/a.npz")
-    assert torch.equal(load_images(tmp_path / "new folder/a.npz")[0], EXPECTED)
+@pytest.mark.parametrize("name", ["a.npz", "a.zip"])
+def test_save_images_reads_back(tmp_path, name):
+    for folder in ("new folder", "again"):
+        save_images(EXPECTED, tmp_path / folder / name)
+        assert torch.equal(load_images(tmp_path / folder / name)[0], EXPECTED)
+    assert (tmp_path / "new folder" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_labels_of_edms_format(tmp_path):

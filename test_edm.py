@@ -128,6 +128,7 @@ def test_ema_is_the_average_of_the_weights():
         beta = 0.5 ** (4 / min(100, 0.05 * trainer.seen))
         expected = beta * old + (1 - beta) * trainer.net.state_dict()[name]
         close(trainer.ema.state_dict()[name], expected)
+    assert not any(p.requires_grad for p in trainer.ema.parameters())   # nor grows a graph
 
 
 def test_init_starts_from_other_weights(tmp_path):

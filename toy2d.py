@@ -142,6 +142,7 @@ class Config:
     ratio: str = "classifier"   # or "exact": log r from a bank of the student's own samples
     clip: float = 5.0           # log r within +-clip
     norm: str = "batch"         # weights of batch mean one; "two-stage": f-distill's; "none"
+    ess: float = 0.0            # least effective sample size: log weights are scaled down to it
     gan: float = 0.0            # w_GAN, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     reward: str = ""            # Appendix G: a name of REWARDS
@@ -164,8 +165,8 @@ class Config:
             raise ValueError(f"--lam {self.lam} is beyond +-50: no float32 weight would survive")
         if not self.sigma_min < self.sigma_max < math.inf or not 0 <= self.ema < 1:
             raise ValueError("need sigma-min < sigma-max and 0 <= ema < 1")
-        if not (self.clip >= 0 and 0 <= self.gan < math.inf):
-            raise ValueError("--clip and --gan must be at least 0")
+        if not (self.clip >= 0 and 0 <= self.gan < math.inf and 0 <= self.ess <= 1):
+            raise ValueError("--clip and --gan must be at least 0, --ess in [0, 1]")
 
 
 def exact_log_q(x, sigma, bank):
@@ -173,13 +174,6 @@ def exact_log_q(x, sigma, bank):
     square = torch.cdist(x, bank, compute_mode="donot_use_mm_for_euclid_dist").square()
     log_q = (-square / (2 * sigma ** 2)).logsumexp(1) - math.log(len(bank))
     return log_q - (2 * math.pi * sigma[:, 0] ** 2).log()
-
-
-def two_stage(log_r, bins=10):
-    """f-distill's first stage: u = 1/r in [0.1, 20], over its mean in its noise level's bin; the
-    batch is sorted by noise level, so that bins are slices. The second stage is batch_weights."""
-    u = (-log_r.clamp(-10, 10)).exp().clamp(0.1, 20)
-    return torch.cat([(part.mean() / part).log() for part in u.chunk(bins)])
 
 
 class Distiller:
@@ -264,8 +258,10 @@ class Distiller:
             gap = -slope                                                # grad log r, Eq. (37)
         self.raw_log_r = log_r = self.log_r(x_t, sigma, logit)
         if cfg.norm == "two-stage":
-            log_r = two_stage(log_r)
+            log_r = bregman.two_stage(log_r)
         log_w = self.b.log_weight(log_r.clamp(-cfg.clip, cfg.clip))
+        if cfg.ess:
+            log_w = bregman.temper(log_w, cfg.ess) * log_w
         w, self.ess = bregman.batch_weights(log_w)
         scale = log_w.logsumexp(0) - math.log(len(log_w))                           # log of mean w
         if cfg.norm == "none":
