@@ -49,8 +49,8 @@ PRESETS = {
     "smoke": dict(kimg=0.256, batch=16, wait_kimg=0.064, eval_every=0.128, eval_n=200, preview=16),
     "paper": dict(                                      # Appendix D; SiDA's settings for the rest
         h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", data="cifar10", bank="",
-        kimg=15_000, batch=256,
-        lr_g=1e-5, lr_f=1e-5, wait_kimg=100, ema_kimg=500, clip=10, grad_clip=1.0, ess=0.0,
+        kimg=15_000, batch=256, lr_g=1e-5, lr_f=1e-5, decay_kimg=0, wait_kimg=100, ema_kimg=500,
+        p_mean=-1.2, p_std=1.2, norm="batch", clip=10, ess=0.0, grad_clip=1.0,
         features="inception", eval_every=1000, eval_n=50_000, save_every=250),
 }
 
@@ -69,14 +69,16 @@ class Config:
     accumulate: int = 1         # in so many parts
     lr_g: float = 2e-4          # generator's Adam
     lr_f: float = 4e-4          # fake network's: score and classifier
+    decay_kimg: float = 4.0     # both rates fall as 1 / (1 + images / decay_kimg); 0 for constant
     wait_kimg: float = 2.0      # for which the generator waits for the fake network
     sigma_init: float = 2.5     # x = G(sigma_init z, sigma_init)
     t_max: float = 0.8          # the generator's noise levels: this share, the lower, of EDM's grid
-    p_mean: float = -1.2        # the fake network's: ln sigma is normal with this mean
-    p_std: float = 1.2          # and this standard deviation
+    p_mean: float = -0.6        # the fake network's: ln sigma is normal with this mean
+    p_std: float = 1.6          # and this standard deviation, to reach where the generator looks
     clip: float = 5.0           # log r within +-clip
-    norm: str = "batch"         # weights of batch mean one; "two-stage": f-distill's; "none"
-    ess: float = 0.5            # least effective sample size: log weights are scaled down to it
+    norm: str = "level"         # log r less its running mean at its noise level, then weights of
+                                # batch mean one; "batch": the latter; "two-stage"; "none"
+    ess: float = 0.9            # least effective sample size: log weights are scaled down to it
     gan: float = 0.0            # w_GAN, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: float = 2.0       # half-life of the generator's average, which is what is judged
@@ -95,7 +97,7 @@ class Config:
 
     def __post_init__(self):
         bregman.get(self.h, self.lam)
-        for name, known in dict(norm=("batch", "two-stage", "none"), amp=("no", "bf16", "fp16"),
+        for name, known in dict(norm=("level", "batch", "two-stage", "none"), amp=("no", "bf16", "fp16"),
                                 features=("compact", "inception")).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {' '.join(known)}, "
@@ -108,7 +110,7 @@ class Config:
                      "preview", "eval_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        for name in ("wait_kimg", "clip", "gan", "ema_kimg", "grad_clip"):
+        for name in ("wait_kimg", "decay_kimg", "clip", "gan", "ema_kimg", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
         if not (0 <= self.ess <= 1 and 0 < self.t_max <= 1):
@@ -211,6 +213,7 @@ class Distiller:
         self.autocast = lambda: torch.autocast(kind, dtype, cfg.amp != "no")
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.seen, self.sums = 0, {}            # images so far; what happened since the last row
+        self.level, self.moves = torch.zeros(min(10, cfg.batch), device=cfg.device), 0
         if cfg.compile:
             for net in (self.G, self.fake, self.teacher, self.ema):
                 net.compile()
@@ -225,6 +228,7 @@ class Distiller:
 
     def state(self):
         return {"config": asdict(self.cfg), "seen": self.seen,
+                "level": self.level, "moves": self.moves,
                 "sums": self.sums, "generator": self.generator.get_state(),
                 "G": self.G.state_dict(), "fake": self.fake.state_dict(),
                 "ema": self.ema.state_dict(),
@@ -235,7 +239,8 @@ class Distiller:
         for name in ("G", "fake", "ema", "opt_g", "opt_f", "scaler_g", "scaler_f"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        self.seen = state["seen"]
+        self.seen, self.moves = state["seen"], state["moves"]
+        self.level = state["level"].to(self.cfg.device)
         self.sums = {k: v.to(self.cfg.device) for k, v in state["sums"].items()}
 
     def draw(self):
@@ -302,10 +307,16 @@ class Distiller:
         return (D_fake.detach() - D_real) / size, adversarial, -logit.detach()          # line 9
 
     def weigh(self, log_r):
-        """log r (B,) of the global batch, sorted by noise level -> the weights h''(r) r (B,)."""
+        """log r (B,) of the global batch, sorted by noise level -> the weights h''(r) r (B,), and
+        their effective sample size and tempering as averages() wants them."""
         cfg = self.cfg
         if cfg.norm == "two-stage":
             log_r = bregman.two_stage(log_r)
+        if cfg.norm == "level":
+            bins = log_r.tensor_split(len(self.level))
+            rate = max(0.02, 1 / (1 + self.moves))
+            self.level += rate * (torch.stack([b.mean() for b in bins]) - self.level)
+            log_r = torch.cat([b - level for b, level in zip(bins, self.level)])
         log_w = self.b.log_weight(log_r.clamp(-cfg.clip, cfg.clip))
         tau = bregman.temper(log_w, cfg.ess) if cfg.ess else torch.ones((), device=log_w.device)
         w, ess = bregman.batch_weights(tau * log_w)
@@ -336,6 +347,7 @@ class Distiller:
         seen["grad_g"] = self.gradient_norm("generator", self.G)
         self.scaler_g.step(self.opt_g)                                                  # line 15
         self.scaler_g.update()
+        self.moves += 1
         return seen | dict(log_r=log_r.mean(), log_r_std=log_r.std())
 
     def update_fake(self, parts, xs):
@@ -361,14 +373,19 @@ class Distiller:
 
     def step(self):
         parts = self.draw()
-        moving = self.seen >= 1e3 * self.cfg.wait_kimg
+        since = self.seen - 1e3 * self.cfg.wait_kimg
+        moving = since >= 0
+        if self.cfg.decay_kimg:
+            rate = 1 / (1 + max(0, since) / (1e3 * self.cfg.decay_kimg))
+            self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * rate
+            self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * rate
         with torch.set_grad_enabled(moving and len(parts) == 1):
             xs = [self.generate(self.G_step, p) for p in parts]                         # lines 4, 5
         seen = self.update_generator(parts, xs) if moving else {}
         seen |= self.update_fake(parts, [x.detach() for x in xs])
         self.seen += self.cfg.batch
         if moving:
-            life = min(1e3 * self.cfg.ema_kimg, 0.1 * (self.seen - 1e3 * self.cfg.wait_kimg))
+            life = min(1e3 * self.cfg.ema_kimg, 0.1 * (since + self.cfg.batch))
             beta = half_life_to_beta(self.cfg.batch, life)
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.G.parameters()),
@@ -615,9 +632,9 @@ def run(cfg, out, resume=False):
         signal.signal(s, handler)
     if stop:
         if main:
-            start = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+            launcher = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
             flags = shlex.join([a for a in sys.argv[1:] if a != "--resume"] + ["--resume"])
-            print(f"stopped after {d.seen} images; to go on: {start} cifar_distill.py {flags}")
+            print(f"stopped after {d.seen} images; to go on: {launcher} cifar_distill.py {flags}")
         return 128 + stop[0]
     return finish(cfg, out, d, rows, own, name, seconds()) if main else 0
 

