@@ -50,7 +50,7 @@ PRESETS = {
     "paper": dict(                                      # Appendix D; SiDA's settings for the rest
         h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", data="cifar10", bank="",
         kimg=15_000, batch=256, lr_g=1e-5, lr_f=1e-5, decay_kimg=0, wait_kimg=100, ema_kimg=500,
-        p_mean=-1.2, p_std=1.2, norm="batch", clip=10, ess=0.0, grad_clip=1.0,
+        p_mean=-1.2, p_std=1.2, norm="batch", w_t="dmd", t_min=0.0, clip=10, ess=0.0, grad_clip=1.0,
         features="inception", eval_every=1000, eval_n=50_000, save_every=250),
 }
 
@@ -64,7 +64,7 @@ class Config:
     bank: str = "pretrained/compact_teacher_samples.zip"    # the teacher's samples, to judge by
     reference: str = "cifar10"  # the data to judge by: what fid.py takes
     cond: bool = False          # a class-conditional teacher
-    kimg: float = 30            # thousands of generated images, the run's length
+    kimg: float = 16            # thousands of generated images, the run's length
     batch: int = 32             # images a step, over all processes
     accumulate: int = 1         # in so many parts
     lr_g: float = 2e-4          # generator's Adam
@@ -72,7 +72,9 @@ class Config:
     decay_kimg: float = 4.0     # both rates fall as 1 / (1 + images / decay_kimg); 0 for constant
     wait_kimg: float = 2.0      # for which the generator waits for the fake network
     sigma_init: float = 2.5     # x = G(sigma_init z, sigma_init)
-    t_max: float = 0.8          # the generator's noise levels: this share, the lower, of EDM's grid
+    t_min: float = 0.15         # the generator's noise levels: from this
+    t_max: float = 0.8          # to this share of EDM's grid, from the lowest level up
+    w_t: str = "c_out"          # w(t) = sigma^2 / c_out(sigma); "dmd": over |x - D_real|'s mean
     p_mean: float = -0.6        # the fake network's: ln sigma is normal with this mean
     p_std: float = 1.6          # and this standard deviation, to reach where the generator looks
     clip: float = 5.0           # log r within +-clip
@@ -90,14 +92,16 @@ class Config:
     channels_last: bool = torch.cuda.is_available()     # no gain on CPUs
     compile: bool = False       # torch.compile: minutes first, then faster
     features: str = "compact"   # of the distance: "compact" or "inception", see fid.py
-    eval_every: float = 5.0     # kimg between rows of log.csv, grids and curve.png
+    eval_every: float = 4.0     # kimg between rows of log.csv, grids and curve.png
     eval_n: int = 2000          # samples for a row
     preview: int = 64           # samples in each picture
     save_every: float = 2.0     # kimg between checkpoints
 
     def __post_init__(self):
         bregman.get(self.h, self.lam)
-        for name, known in dict(norm=("level", "batch", "two-stage", "none"), amp=("no", "bf16", "fp16"),
+        for name, known in dict(norm=("level", "batch", "two-stage", "none"),
+                                w_t=("c_out", "dmd"),
+                                amp=("no", "bf16", "fp16"),
                                 features=("compact", "inception")).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {' '.join(known)}, "
@@ -113,8 +117,8 @@ class Config:
         for name in ("wait_kimg", "decay_kimg", "clip", "gan", "ema_kimg", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
-        if not (0 <= self.ess <= 1 and 0 < self.t_max <= 1):
-            raise ValueError("need 0 <= ess <= 1 and 0 < t-max <= 1")
+        if not (0 <= self.ess <= 1 and 0 <= self.t_min < self.t_max <= 1):
+            raise ValueError("need 0 <= ess <= 1 and 0 <= t-min < t-max <= 1")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.compile and (self.gan or self.teacher_free):
@@ -249,7 +253,8 @@ class Distiller:
         sigma: sorted, one in each of `batch` equal steps of the grid, EDM Eq. (5).
         """
         cfg, g, n = self.cfg, self.generator, self.cfg.batch
-        t = (torch.arange(n) + torch.rand(n, generator=g)) / n * cfg.t_max              # line 7
+        t = (torch.arange(n) + torch.rand(n, generator=g)) / n                          # line 7
+        t = cfg.t_min + (cfg.t_max - cfg.t_min) * t
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
         index = torch.randint(len(self.images), (n,), generator=g)                      # line 21
         d = dict(z=torch.randn(n, 3, 32, 32, generator=g),                              # line 4
@@ -281,7 +286,9 @@ class Distiller:
         """Lines 7 to 9 -> the descent direction of Eq. (4) without its weight, (N, 3, 32, 32), the
         adversarial loss's gradient or 0, and log r (N,).
 
-        w(t) is DMD's: sigma^2 over the teacher's mean correction of the image.
+        With w(t) = sigma^2 / c_out(sigma) it is the difference of the two networks' outputs. DMD
+        has |x - D_real|'s mean over pixels in c_out's place, which depends on the image, not on t
+        alone as Eq. (4) wants.
         """
         cfg, sigma = self.cfg, p.sigma[:, None, None, None]
         x_t = (x + sigma * p.noise).requires_grad_(cfg.teacher_free or cfg.gan > 0)     # line 7
@@ -298,12 +305,14 @@ class Distiller:
             if cfg.teacher_free:
                 slope, = torch.autograd.grad(logit.sum() * SCALE, x_t)
                 slope = slope / SCALE
+        c_out = sigma * 0.5 / (sigma ** 2 + 0.25).sqrt()
         if cfg.teacher_free:                    # Eq. (37), sign corrected: grad log r = -slope
-            c_out = sigma * 0.5 / (sigma ** 2 + 0.25).sqrt()
             return -slope * sigma ** 2 / c_out, adversarial, -logit.detach()
         with torch.no_grad(), self.autocast():
             D_real = self.teacher(x_t.detach(), p.sigma, p.c)                           # line 8
-        size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
+        size = c_out
+        if cfg.w_t == "dmd":
+            size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
         return (D_fake.detach() - D_real) / size, adversarial, -logit.detach()          # line 9
 
     def weigh(self, log_r):

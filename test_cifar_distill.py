@@ -59,9 +59,10 @@ def gradients(net):
 
 @pytest.mark.parametrize("h, lam", [("kl", 0), ("sba", 5), ("sba", -1), ("lr", 0), ("be", 0),
                                     ("ls", 0), ("hellinger", 0)])
-def test_update_is_eq_4(teacher, h, lam):
+@pytest.mark.parametrize("w_t", ["c_out", "dmd"])
+def test_update_is_eq_4(teacher, h, lam, w_t):
     """Sample by sample from the scores, with h'' by autograd of h, in place of the log weight."""
-    d = distiller(teacher, h=h, lam=lam, norm="batch", ess=0, clip=50)
+    d = distiller(teacher, h=h, lam=lam, norm="batch", w_t=w_t, ess=0, clip=50)
     parts = copy.deepcopy(d).draw()
     p, (G, fake) = parts[0], (copy.deepcopy(d.G), copy.deepcopy(d.fake))
     d.step()
@@ -76,8 +77,9 @@ def test_update_is_eq_4(teacher, h, lam):
         r = (-l.mean().double()).exp().detach().requires_grad_()
         slope, = torch.autograd.grad(d.b.h(r), r, create_graph=True)
         second = torch.autograd.grad(slope, r)[0] if slope.requires_grad else torch.zeros(())
-        w_t = sigma ** 2 / (x - D_real).abs().mean()
-        term = -(w_t * (s_real - s_fake)).detach()            # Eq. (4), no weight
+        scale = sigma ** 2 / (x - D_real).abs().mean() if w_t == "dmd" else (
+            sigma * (sigma ** 2 + 0.25).sqrt() / 0.5)
+        term = -(scale * (s_real - s_fake)).detach()            # Eq. (4), no weight
         terms.append(torch.autograd.grad(x, list(G.parameters()), term))
         weights.append((second * r).item())
     weights = np.array(weights) / np.mean(weights)
@@ -194,12 +196,14 @@ def test_class_conditional_step():
         Distiller(Config(**SMALL, device="cpu", cond=True), copy.deepcopy(teacher), IMAGES)
 
 
-def test_noise_levels_are_the_lower_80_percent_of_edms_grid(teacher):
-    sigma = torch.cat([distiller(teacher, batch=1000).draw()[0].sigma for _ in range(2)])
+@pytest.mark.parametrize("t_min, t_max", [(0.0, 0.8), (0.15, 0.8)])
+def test_noise_levels_are_a_share_of_edms_grid(teacher, t_min, t_max):
+    d = distiller(teacher, batch=1000, t_min=t_min, t_max=t_max)
+    sigma = torch.cat([d.draw()[0].sigma for _ in range(2)])
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     u = (sigma ** (1 / 7) - low) / (high - low)
     assert (sigma[:1000].diff() > 0).all()
-    close(u.sort()[0], torch.linspace(0, 0.8, 2000), rtol=0, atol=2e-3)
+    close(u.sort()[0], torch.linspace(t_min, t_max, 2000), rtol=0, atol=2e-3)
 
 
 # --------------------------------------------------------------------------------- the weights
@@ -458,6 +462,7 @@ def test_bad_input_is_one_line(files, whole, tmp_path, monkeypatch, capsys):
     bad("finite", *good, "--lr-f", "inf")
     bad("norm", *good, "--norm", "layer")
     bad("two-stage", *good, "--norm", "two-stage")
+    bad("t-min", *good, "--t-min", "0.9")
     bad("--compile", *good, "--compile", "--gan", "1")
     bad("no such checkpoint", *good, "--teacher", tmp_path / "none.pt")
     bad("images.npz", *good, "--teacher", files / "images.npz")
