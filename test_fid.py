@@ -186,8 +186,8 @@ def test_frechet_refuses_other_widths_and_nan():
         fid.frechet(mu * float("nan"), sigma, mu, sigma)
 
 
-def test_frechet_is_ten_times_faster_than_by_sqrtm():
-    """At 1024 dimensions, to be quick; bench.py times 2048."""
+def test_frechet_is_several_times_faster_than_by_sqrtm():
+    """At 1024 dimensions, to be quick: 6 times there, 12 times at 2048, which bench.py times."""
     a, b = random_stats(1024, 0), random_stats(1024, 1)
 
     def seconds(f, n):
@@ -198,7 +198,7 @@ def test_frechet_is_ten_times_faster_than_by_sqrtm():
             best = min(best, time.perf_counter() - start)
         return best
     slow = seconds(lambda: scipy.linalg.sqrtm((a[1] @ b[1]).numpy()), 1)
-    assert slow > 4 * seconds(lambda: fid.frechet(*a, *b), 3)   # 10 where nothing else runs
+    assert slow > 4 * seconds(lambda: fid.frechet(*a, *b), 3)   # 6, less a noisy machine's share
 
 
 # ------------------------------------------------------------------------------ Inception Score
