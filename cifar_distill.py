@@ -77,6 +77,10 @@ class Config:
     w_t: str = "c_out"          # w(t) = sigma^2 / c_out(sigma); "dmd": over |x - D_real|'s mean
     p_mean: float = -0.6        # the fake network's: ln sigma is normal with this mean
     p_std: float = 1.6          # and this standard deviation, to reach where the generator looks
+    head: str = "mean"          # log r = -mean of the encoder's last features; "linear": of a
+                                # trained 1x1 convolution of them, which starts as that mean
+    class_min: float = 0.0      # the classifier learns at noise levels from this
+    class_max: float = 1000.0   # to this
     clip: float = 5.0           # log r within +-clip
     norm: str = "level"         # log r less its running mean at its noise level, then weights of
                                 # batch mean one; "batch": the latter; "two-stage"; "none"
@@ -100,7 +104,7 @@ class Config:
     def __post_init__(self):
         bregman.get(self.h, self.lam)
         for name, known in dict(norm=("level", "batch", "two-stage", "none"),
-                                w_t=("c_out", "dmd"),
+                                w_t=("c_out", "dmd"), head=("mean", "linear"),
                                 amp=("no", "bf16", "fp16"),
                                 features=("compact", "inception")).items():
             if getattr(self, name) not in known:
@@ -117,6 +121,8 @@ class Config:
         for name in ("wait_kimg", "decay_kimg", "clip", "gan", "ema_kimg", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+        if not 0 <= self.class_min < self.class_max:
+            raise ValueError("need 0 <= class-min < class-max")
         if not (0 <= self.ess <= 1 and 0 <= self.t_min < self.t_max <= 1):
             raise ValueError("need 0 <= ess <= 1 and 0 <= t-min < t-max <= 1")
         if self.norm == "two-stage" and self.batch < 20:
@@ -158,9 +164,9 @@ def trained(net):
 class FakeLoss(nn.Module):
     """Lines 17 to 22 in one module, so that DistributedDataParallel sees one forward."""
 
-    def __init__(self, net):
+    def __init__(self, net, low, high):
         super().__init__()
-        self.net = net
+        self.net, self.low, self.high = net, low, high
 
     def forward(self, x, real, sigma, noise, labels=None, real_labels=None, score=True):
         """-> denoising loss (N,) and classifier's loss (N,), both on the images x, real (N, ...)
@@ -174,7 +180,7 @@ class FakeLoss(nn.Module):
             logits, loss_score = self.net.encode(x + s * noise, sigma, labels), 0 * sigma
         real_logits = self.net.encode(real + s * noise, sigma, real_labels)             # line 21
         loss_class = F.softplus(logits) + F.softplus(-real_logits)              # line 22, Eq. (5)
-        return loss_score, loss_class.mean((1, 2))
+        return loss_score, loss_class.mean((1, 2)) * (sigma >= self.low) * (sigma <= self.high)
 
 
 # ---------------------------------------------------------------------------------- Algorithm 1
@@ -203,6 +209,11 @@ class Distiller:
         self.teacher = teacher.to(cfg.device, memory_format=form).eval().requires_grad_(False)
 
         self.G, self.fake, self.ema = (copy.deepcopy(self.teacher) for _ in range(3))   # line 1
+        if cfg.head == "linear":
+            c = [*self.fake.model.enc.values()][-1].conv1.out_channels
+            self.fake.head = nn.Conv2d(c, 1, 1, device=cfg.device)
+            nn.init.constant_(self.fake.head.weight, 1 / c)
+            nn.init.zeros_(self.fake.head.bias)
         for net in (self.G, self.fake):                         # in eval mode, all: no dropout
             net.requires_grad_(True)
             if net.model.map_augment is not None:               # there are no augmentation labels
@@ -222,7 +233,8 @@ class Distiller:
             for net in (self.G, self.fake, self.teacher, self.ema):
                 net.compile()
             self.fake.encode = torch.compile(self.fake.encode)
-        self.G_step, self.fake_loss = self.G, FakeLoss(self.fake)
+        self.G_step, self.fake_loss = self.G, FakeLoss(
+            self.fake, cfg.class_min, cfg.class_max)
         if world() > 1:
             ids = [torch.device(cfg.device).index] if kind == "cuda" else None
             self.G_step = DistributedDataParallel(self.G, ids, broadcast_buffers=False)

@@ -229,6 +229,7 @@ class EDMPrecond(nn.Module):
         super().__init__()
         self.label_dim = label_dim
         self.model = UNet(label_dim, **config)
+        self.head = nn.Identity()           # of the classifier: a 1x1 convolution would train one
 
     def _prepare(self, x, sigma, labels, augment_labels):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -251,10 +252,10 @@ class EDMPrecond(nn.Module):
         F_x = self.model.decode(skips, emb).float()
         variance = sigma ** 2 + self.sigma_data ** 2
         D_x = self.sigma_data ** 2 / variance * x + sigma * self.sigma_data * variance.rsqrt() * F_x
-        return (D_x, skips[-1].float().mean(1)) if return_logits else D_x
+        return (D_x, self.head(skips[-1]).float().mean(1)) if return_logits else D_x
 
     def encode(self, x, sigma, labels=None):
         """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
         one per location, the channel mean of the encoder's last features. Arguments as forward."""
         _, c_in_x, emb = self._prepare(x.float(), sigma, labels, None)
-        return self.model.encode(c_in_x, emb)[-1].float().mean(1)
+        return self.head(self.model.encode(c_in_x, emb)[-1]).float().mean(1)

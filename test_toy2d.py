@@ -214,7 +214,7 @@ def test_gan_term_is_the_gradient_of_minus_log_D():
     {}, dict(h="sba", lam=10), dict(ratio="exact"), dict(gan=0.5), dict(teacher_free=True),
     dict(reward="linear"), dict(reward="linear", first_order=True), dict(norm="two-stage"),
     dict(norm="none"), dict(clip=0.0), dict(target="grid25"), dict(target="uneven8"),
-    dict(anneal=0.0)], ids=str)
+    dict(anneal=0.0), dict(head="mean"), dict(class_min=0.3), dict(class_max=0.3)], ids=str)
 def test_every_option_runs_and_changes_the_student(options):
     base = dict(h="ls") | options
     d, result, history, seen, _ = distil(Config(**TINY | base), bar=False)
@@ -231,6 +231,24 @@ def test_ess_holds_the_effective_sample_size():
                   for e in (0.0, 0.999))
     assert min(row["ess"] for row in free) < 0.998
     assert all(row["ess"] >= 0.9989 for row in held)
+
+
+def test_classifier_learns_at_its_noise_levels_alone():
+    d = Distiller(Config(**TINY, class_min=100.0, class_max=200.0))
+    before = d.fake.net[-1].weight[2].clone()
+    _, loss_class = d.step()
+    assert loss_class == 0 and torch.equal(d.fake.net[-1].weight[2], before)
+    _, loss_class = Distiller(Config(**TINY)).step()
+    assert abs(loss_class - 2 * math.log(2)) < 0.01
+
+
+def test_mean_head_is_the_mean_of_what_the_scores_are_read_from():
+    fake = Distiller(Config(**TINY, head="mean")).fake
+    x, sigma = torch.randn(5, 2), torch.full((5, 1), 0.4)
+    seen = []
+    fake.net[-2].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    _, logit = fake(x, sigma)
+    close(logit, seen[0].mean(1))
 
 
 def test_seeds_reproduce_bit_for_bit():
@@ -272,10 +290,10 @@ def test_all_and_gif(tmp_path):
     done = run("--all", "--seeds", 2, *TINY_OPTIONS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) == 12 and all("±" in row for row in rows[2:])
+    assert len(rows) == 11 and all("±" in row for row in rows[2:])
     assert (tmp_path / "figures/toy2d_modes.png").exists()
     results = [json.loads(p.read_text()) for p in tmp_path.glob("runs/toy2d/ring8_kl_0_*/*.json")]
-    assert f"{np.mean([r['mode_tv'] for r in results]):.3f} ±" in rows[3]
+    assert f"{np.mean([r['mode_tv'] for r in results]):.3f} ±" in rows[4]
     done = run("--gif", *TINY_OPTIONS, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "figures/toy2d.gif").exists(), done.stderr
 
@@ -286,7 +304,8 @@ def test_all_and_gif(tmp_path):
     (("--out", "file/x"), "file"), (("--figures", "file"), "file"),
     (("--target", "ring9"), "ring8 grid25 uneven8"), (("--norm", "x"), "two-stage"),
     (("--batch", "many"), "many"), (("--seeds", "0", "--all"), "--seeds"),
-    (("--sigma-min", "3"), "sigma-min"), (("--clip", "-1"), "--clip"), (("--ess", "2"), "--ess")])
+    (("--sigma-min", "3"), "sigma-min"), (("--clip", "-1"), "--clip"), (("--ess", "2"), "--ess"),
+    (("--head", "x"), "linear mean"), (("--class-min", "3", "--class-max", "2"), "class-min")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, args, message):
     (tmp_path / "file").touch()
     done = run("--steps", 2, *args, cwd=tmp_path)

@@ -103,17 +103,18 @@ class FakeScore(nn.Module):
     that is a formula; F is all that has to be learned, the gap between two scores.
     """
 
-    def __init__(self, teacher, width):
+    def __init__(self, teacher, width, head="linear"):
         super().__init__()
-        self.teacher, self.net = teacher, mlp(3, 3, width, nn.SiLU)
+        self.teacher, self.net, self.head = teacher, mlp(3, 3, width, nn.SiLU), head
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, x, sigma):
         """-> F (N, 2) and the logit l (N,) of p against q at noise level sigma."""
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        y = self.net(torch.cat([c_in * x, sigma.log() / 2], 1))
-        return y[:, :2], y[:, 2]
+        features = self.net[:-2](torch.cat([c_in * x, sigma.log() / 2], 1))
+        y = self.net[-2:](features)
+        return y[:, :2], y[:, 2] if self.head == "linear" else features.mean(1)
 
     @staticmethod
     def c_out(sigma):
@@ -140,6 +141,9 @@ class Config:
     sigma_max: float = 2.0
     anneal: float = 0.25        # share of the run over which sigma_min falls from 0.5 to its value
     ratio: str = "classifier"   # or "exact": log r from a bank of the student's own samples
+    head: str = "linear"        # the logit is an output of its own; "mean": SiDA's, of the features
+    class_min: float = 0.0      # the classifier learns at noise levels from this
+    class_max: float = 1000.0   # to this
     clip: float = 5.0           # log r within +-clip
     norm: str = "batch"         # weights of batch mean one; "two-stage": f-distill's; "none"
     ess: float = 0.0            # least effective sample size: log weights are scaled down to it
@@ -152,7 +156,7 @@ class Config:
     def __post_init__(self):
         bregman.get(self.h, self.lam)
         choices = dict(target=TARGETS, ratio=("classifier", "exact"), reward=("", *REWARDS),
-                       norm=("batch", "two-stage", "none"))
+                       norm=("batch", "two-stage", "none"), head=("linear", "mean"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {' '.join(filter(None, known))}, "
@@ -165,6 +169,8 @@ class Config:
             raise ValueError(f"--lam {self.lam} is beyond +-50: no float32 weight would survive")
         if not self.sigma_min < self.sigma_max < math.inf or not 0 <= self.ema < 1:
             raise ValueError("need sigma-min < sigma-max and 0 <= ema < 1")
+        if not 0 <= self.class_min < self.class_max:
+            raise ValueError("need 0 <= class-min < class-max")
         if not (self.clip >= 0 and 0 <= self.gan < math.inf and 0 <= self.ess <= 1):
             raise ValueError("--clip and --gan must be at least 0, --ess in [0, 1]")
 
@@ -190,7 +196,7 @@ class Distiller:
             self.target = self.teacher.tilt(self.a)
         # kinks let the student tear the plane into modes sooner than SiLU does
         self.G = mlp(2, 2, cfg.width, lambda: nn.LeakyReLU(0.1)).to(cfg.device)
-        self.fake = FakeScore(self.teacher, cfg.width).to(cfg.device)               # line 1: psi
+        self.fake = FakeScore(self.teacher, cfg.width, cfg.head).to(cfg.device)     # line 1: psi
         self.copy_weights()                                                         # line 1: theta
         self.ema = [p.detach().clone() for p in self.G.parameters()]
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
@@ -297,7 +303,9 @@ class Distiller:
         F_x, logit = self.fake(x_t, sigma.repeat(2, 1))
         residual = (x - self.teacher.denoise(x_t[:n], sigma)) / self.fake.c_out(sigma)
         loss_score = (F_x[:n] - residual).square().mean()                           # line 18
-        loss_class = F.softplus(logit[:n]).mean() + F.softplus(-logit[n:]).mean()   # line 22, Eq. 5
+        loss_class = F.softplus(logit[:n]) + F.softplus(-logit[n:])             # line 22, Eq. (5)
+        learns = (sigma >= cfg.class_min) & (sigma <= cfg.class_max)
+        loss_class = (loss_class * learns[:, 0]).mean()
         self.opt_f.zero_grad()
         (loss_score + loss_class).backward()
         self.opt_f.step()
@@ -366,7 +374,7 @@ def distil(cfg, snapshots=0, bar=True):
             stats = mode_statistics(d.samples(2000), d.target)
             history.append(dict(step=i, ess=float(d.ess), loss_score=float(loss_score),
                                 loss_class=float(loss_class), **stats))
-            seen.append(d.raw_log_r.cpu())
+            seen.append(d.raw_log_r.detach().cpu())
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
         if i in shots:
@@ -391,6 +399,14 @@ def write(path, save):
         os.replace(tmp, path)
     finally:
         Path(tmp).unlink(missing_ok=True)
+
+
+def write_result(folder, d, result):
+    """samples.npy and, last, result.json. -> the samples, (3000, 2)."""
+    x = d.samples(3000).cpu().numpy()
+    write(folder / "samples.npy", lambda tmp: np.save(tmp, x.astype(np.float16)))
+    write(folder / "result.json", lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
+    return x
 
 
 def name_of(h, lam):
@@ -458,8 +474,8 @@ def figure(d, result, history, seen, path):
     plt.close(fig)
 
 
-SWEEP = [("lr", 0), ("kl", 0), ("be", 0), ("ls", 0),
-         *(("sba", lam) for lam in (-1, -0.5, 0.5, 3, 5, 10))]
+SWEEP = [("be", 0), ("sba", -0.5), ("kl", 0), ("lr", 0),           # BE is SBA -1, and LS is SBA 1
+         ("sba", 0.5), ("ls", 0), ("sba", 3), ("sba", 5), ("sba", 10)]
 
 
 def _job(cfg, out):
@@ -470,12 +486,9 @@ def _job(cfg, out):
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
         if result["config"] == asdict(cfg):
-            return result, np.load(folder / "samples.npy")
+            return result, np.load(folder / "samples.npy").astype(np.float32)
     d, result, *_ = distil(cfg, bar=False)
-    x = d.samples(3000).cpu().numpy()
-    write(folder / "samples.npy", lambda tmp: np.save(tmp, x))
-    write(folder / "result.json", lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
-    return result, x
+    return result, write_result(folder, d, result)
 
 
 def sweep(cfg, seeds, out, figures):
@@ -491,7 +504,10 @@ def sweep(cfg, seeds, out, figures):
              "|" + "---|" * 9]
     plt = pyplot()
     fig, axes = plt.subplots(2, 5, figsize=(20, 9), layout="constrained")
-    for i, ((h, lam), ax) in enumerate(zip(SWEEP, axes.flat)):
+    x = TARGETS[cfg.target].sample(3000, torch.Generator().manual_seed(0))
+    draw_samples(axes[0, 0], x, TARGETS[cfg.target], size=3)
+    axes[0, 0].set_title("the teacher itself", fontsize=24)
+    for i, ((h, lam), ax) in enumerate(zip(SWEEP, axes.flat[1:])):
         runs = [r for r, _ in done[i * seeds:(i + 1) * seeds]]
         cells = [name_of(h, lam)]
         for key, digits in (("modes_covered", 1), ("mode_tv", 3), ("on_mode", 3), ("kl_pq", 2),
@@ -558,8 +574,7 @@ def main(argv):
         d, result, history, seen, _ = distil(cfg)
         picture = args.figures / f"toy2d_{cfg.h.lower()}_{cfg.lam:g}.png"
         figure(d, result, history, seen, picture)
-        write(args.out / "result.json",
-              lambda tmp: Path(tmp).write_text(json.dumps(result, indent=1)))
+        write_result(args.out, d, result)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"toy2d.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
