@@ -1,6 +1,6 @@
 """Algorithm 1 on CIFAR-10: a diffusion teacher distilled into a one-step generator.
 
-    python cifar_distill.py                             # offline, no GPU: under ten minutes
+    python cifar_distill.py                             # offline, no GPU: five minutes
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
     torchrun --nproc_per_node=8 cifar_distill.py --preset paper

@@ -490,6 +490,7 @@ def compare(a, b, features="compact", how="clean"):
     return {"distance": names[0], "value": frechet(a.mu, a.sigma, b.mu, b.sigma),
             "bias": None if None in excess else sum(excess), "score": names[1],
             "score_mean": a.score and a.score[0], "score_std": a.score and a.score[1],
+            "variance": float(a.sigma.trace() / b.sigma.trace()),       # below 1: less variety
             "n": [a.n, b.n], "features": features, "resize": how}
 
 
@@ -503,6 +504,7 @@ def one_line(result):
         line += f" (biased upward by fewer than 50000 images: {much})"
     if result["score_mean"]:
         line += f"  {result['score']} {result['score_mean']:.3f} ± {result['score_std']:.3f}"
+    line += f"  variance {result['variance']:.3f} of the reference's"
     return f"{line}  {n[0]} against {n[1]}  {result['features']}, resize {result['resize']}"
 
 

@@ -229,7 +229,7 @@ class EDMPrecond(nn.Module):
         super().__init__()
         self.label_dim = label_dim
         self.model = UNet(label_dim, **config)
-        self.head = nn.Identity()           # of the classifier: a 1x1 convolution would train one
+        self.head = nn.Identity()           # classifier's, before the mean; cifar_distill sets it
 
     def _prepare(self, x, sigma, labels, augment_labels):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -256,6 +256,7 @@ class EDMPrecond(nn.Module):
 
     def encode(self, x, sigma, labels=None):
         """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
-        one per location, the channel mean of the encoder's last features. Arguments as forward."""
+        one per location, the channel mean of head(the encoder's last features). Arguments as
+        forward."""
         _, c_in_x, emb = self._prepare(x.float(), sigma, labels, None)
         return self.head(self.model.encode(c_in_x, emb)[-1]).float().mean(1)

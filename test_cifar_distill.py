@@ -190,7 +190,7 @@ def test_trained_head_starts_as_the_mean_and_leaves_it(teacher):
 
 
 def test_classifier_learns_at_its_noise_levels_alone(teacher):
-    """Outside of them its loss is nothing, and inside it is what it was; the score's is untouched."""
+    """Outside of them its loss is nothing, inside it is what it was, and so is the score's."""
     every, some = distiller(teacher), distiller(teacher, class_min=0.3, class_max=2)
     p, = every.draw()
     x, real = torch.randn(2, 8, 3, 32, 32)

@@ -337,6 +337,13 @@ def test_cli_says_what_it_measured(sources, tmp_path):
     assert fid.load_stats(tmp_path / "s.npz").n == 20
 
 
+def test_variance_of_a_set_that_varies_half_as_much():
+    g = torch.Generator().manual_seed(0)
+    mu, sigma = fid.stats(torch.randn(50, 4, generator=g))
+    a, b = fid.Measured(mu + 1, sigma / 4, 50), fid.Measured(mu, sigma, 50)
+    assert fid.compare(a, b)["variance"] == pytest.approx(0.25)
+
+
 def test_cli_of_a_split(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         (tmp_path / "set" / split).mkdir(parents=True)

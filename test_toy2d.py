@@ -233,8 +233,18 @@ def test_ess_holds_the_effective_sample_size():
     assert all(row["ess"] >= 0.9989 for row in held)
 
 
+@pytest.mark.parametrize("options", [{}, dict(sigma_max=0.1), dict(sigma_min=0.6), dict(anneal=0)])
+def test_noise_levels_rise_within_their_range(options):
+    d = Distiller(Config(**TINY | options))
+    for d.done in (0, 1, d.cfg.steps):
+        sigma = d.sigmas(32)[:, 0]
+        assert (sigma.diff() > 0).all()
+        assert d.cfg.sigma_min * 0.999 < sigma[0] and sigma[-1] < d.cfg.sigma_max * 1.001
+
+
 def test_classifier_learns_at_its_noise_levels_alone():
-    d = Distiller(Config(**TINY, class_min=100.0, class_max=200.0))
+    d = Distiller(Config(**TINY))
+    d.cfg.class_min, d.cfg.class_max = 100.0, 200.0
     before = d.fake.net[-1].weight[2].clone()
     _, loss_class = d.step()
     assert loss_class == 0 and torch.equal(d.fake.net[-1].weight[2], before)
@@ -305,7 +315,8 @@ def test_all_and_gif(tmp_path):
     (("--target", "ring9"), "ring8 grid25 uneven8"), (("--norm", "x"), "two-stage"),
     (("--batch", "many"), "many"), (("--seeds", "0", "--all"), "--seeds"),
     (("--sigma-min", "3"), "sigma-min"), (("--clip", "-1"), "--clip"), (("--ess", "2"), "--ess"),
-    (("--head", "x"), "linear mean"), (("--class-min", "3", "--class-max", "2"), "class-min")])
+    (("--head", "x"), "linear mean"), (("--class-min", "1", "--class-max", "1"), "overlap"),
+    (("--class-min", "5"), "overlap"), (("--class-max", "0.01"), "overlap")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, args, message):
     (tmp_path / "file").touch()
     done = run("--steps", 2, *args, cwd=tmp_path)

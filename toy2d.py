@@ -169,8 +169,8 @@ class Config:
             raise ValueError(f"--lam {self.lam} is beyond +-50: no float32 weight would survive")
         if not self.sigma_min < self.sigma_max < math.inf or not 0 <= self.ema < 1:
             raise ValueError("need sigma-min < sigma-max and 0 <= ema < 1")
-        if not 0 <= self.class_min < self.class_max:
-            raise ValueError("need 0 <= class-min < class-max")
+        if not self.class_min < self.class_max > self.sigma_min or self.class_min >= self.sigma_max:
+            raise ValueError("class-min to class-max must overlap sigma-min to sigma-max")
         if not (self.clip >= 0 and 0 <= self.gan < math.inf and 0 <= self.ess <= 1):
             raise ValueError("--clip and --gan must be at least 0, --ess in [0, 1]")
 
@@ -210,7 +210,7 @@ class Distiller:
         """Log-uniform noise levels (n, 1), rising: one in each of n equal steps of ln sigma."""
         cfg = self.cfg
         left = max(0.0, 1 - self.done / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
-        low = cfg.sigma_min * max(1.0, 0.5 / cfg.sigma_min) ** left
+        low = cfg.sigma_min * max(1.0, min(0.5, cfg.sigma_max) / cfg.sigma_min) ** left
         u = torch.arange(n, device=cfg.device)[:, None]
         u = (u + torch.rand(n, 1, generator=self.g, device=cfg.device)) / n
         return low * (cfg.sigma_max / low) ** u
@@ -426,7 +426,7 @@ def draw_samples(ax, x, target, size=2):
     edge = torch.linspace(-1.6, 1.6, 200)
     grid = torch.cartesian_prod(edge, edge)
     density = target.log_p(grid, torch.zeros(len(grid), 1)).exp().sqrt().view(200, 200).T
-    ax.imshow(density, origin="lower", extent=(-1.6, 1.6, -1.6, 1.6), cmap="Blues")
+    ax.imshow(density.numpy(), origin="lower", extent=(-1.6, 1.6, -1.6, 1.6), cmap="Blues")
     ax.scatter(x[:, 0], x[:, 1], s=size, color="#cb181d", alpha=0.5, linewidths=0)
     ax.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
 
@@ -541,7 +541,8 @@ def animate(cfg, figures):
     plt.close(fig)
 
 
-def main(argv):
+def parse(argv):
+    """-> the command line's arguments, and its Config's fields as a dictionary."""
     parser = argparse.ArgumentParser(prog="toy2d.py", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"toy2d.py: {message}\n")
@@ -554,6 +555,11 @@ def main(argv):
     parser.add_argument("--seeds", type=int, default=5, help="runs for each h of --all")
     parser.add_argument("--gif", action="store_true", help="KL beside SBA, as an animation")
     args = parser.parse_args(argv)
+    return args, {f.name: getattr(args, f.name) for f in fields(Config)}
+
+
+def main(argv):
+    args, chosen = parse(argv)
     torch.set_num_threads(1)                # the matrices are small: a second thread only waits
     torch.set_flush_denormal(True)
     try:
@@ -563,10 +569,10 @@ def main(argv):
             torch.empty(1, device=args.device)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"no device {args.device!r}: {str(e).splitlines()[0]}") from e
-        cfg = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+        cfg = Config(**chosen)
         for folder in (args.out, args.figures):         # fail now, not after the training
             write(folder / ".writable", lambda tmp: None)
-            (folder / ".writable").unlink()
+            (folder / ".writable").unlink(missing_ok=True)
         if args.all:
             return sweep(cfg, args.seeds, args.out, args.figures)
         if args.gif:
