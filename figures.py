@@ -22,7 +22,7 @@ import toy2d
 from data import Parser, atomic, positive, run_main
 
 HERE = Path(__file__).parent
-LONG = ("kl", "sba_5", "be", "lr", "sba_10")            # Figure 1 has the first two
+LONG = ("kl", "sba_5", "be", "sba_10")  # Figure 1 has the first two
 LENGTH = {True: 16, False: 6}           # thousands of images for these, and for all the others
 EVERY_H = {                             # the paper's Figures 1, 4 and 5; two rows have two names
     "kl": "--h kl", "sba_5": "--h sba --lam 5", "be": "--h sba --lam -1",
@@ -81,6 +81,8 @@ EXERCISES = {                           # of exercises.md: title, options; "" is
     "exercise_stale": ("4: stale fake score", "--h kl --lr-f 1e-4"),
     "exercise_clip_0": ("5: log r clipped to 0", "--h sba --lam 5 --clip 0"),
     "exercise_lam_20": ("6: lambda = 20", "--h sba --lam 20"),
+    "sba_5_clip_0.5": ("7: learned ratio", "--h sba --lam 5 --clip 0.5"),
+    "sba_5_exact_clip": ("7: exact ratio", "--h sba --lam 5 --clip 0.5 --ratio exact"),
     "kl_uneven": ("8: a rare mode, KL", "--h kl --target uneven8"),
     "be_uneven": ("8: a rare mode, BE", "--h be --target uneven8"),
     "exercise_fine": ("9: small noise alone", "--h kl --sigma-max 0.1"),
@@ -160,7 +162,9 @@ def exists(runs, key):
 
 def mean_std(values, digits=2):
     values = np.array(list(values), dtype=float)
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if len(values) else ""
+    if len(values) < 2:
+        return "".join(f"{v:.{digits}f}" for v in values)
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
 
 
 def markdown(head, rows):
@@ -253,7 +257,7 @@ def dots(ax, runs, names, key, title, kimg):
         ax.plot([i] * len(values), values, "o", ms=12, alpha=0.7, color=COLOUR[name])
         if values:
             ax.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color=COLOUR[name])
-    ax.set(title=f"{title}, {1e3 * kimg:,.0f} images", xticks=range(len(names)))
+    ax.set(title=f"after {1e3 * kimg:,.0f} images", ylabel=title, xticks=range(len(names)))
     ax.set_xticklabels([LABEL[n].replace(", ", "\n").replace("SBA ", "SBA\n") for n in names],
                        fontsize=14)
     ax.grid(alpha=0.3)
@@ -283,8 +287,6 @@ def draw(runs, preset, key, distance, figures):
 
     fig, ax = plt.subplots(figsize=(11, 7), layout="constrained")
     for name in LONG:
-        if name == "lr":                            # no power of r
-            continue
         for i, (result, rows) in enumerate(runs[name].values()):
             row = at(rows, long)
             power = 0 if name == "kl" else row["tau"] * result["config"]["lam"]
@@ -303,12 +305,12 @@ def exercises(out, figures):
     found = {name: read(out / "plane", name) for name in EXERCISES}
     if not all(found.values()):
         return
-    fig, axes = plt.subplots(2, 5, figsize=(20, 9), layout="constrained")
+    fig, axes = plt.subplots(2, 6, figsize=(23, 8.3), layout="constrained")
     for name, ax in zip(EXERCISES, axes.flat):
         x = np.load(out / "plane" / f"{name}_seed0" / "samples.npy").astype(np.float32)
         target = toy2d.TARGETS[found[name][0][0]["config"]["target"]]
         toy2d.draw_samples(ax, x, target, size=3)
-        ax.set_title(EXERCISES[name][0], fontsize=23)
+        ax.set_title(EXERCISES[name][0], fontsize=22)
     save(fig, figures / "exercises.png")
 
 
