@@ -1,7 +1,7 @@
 """The experiments: runs what is missing in results/, draws and tabulates what is there.
 
     python figures.py                   # figures/*.png, the README's tables: seconds, no training
-    python figures.py --run             # first whatever results/ lacks: 3 hours on two cores
+    python figures.py --run             # first whatever results/ lacks: some 3 hours on two cores
     python figures.py --run --preset paper --seeds 1            # the paper's: FID, on a GPU
 
 A run is one call of cifar_distill.py or toy2d.py with the options below, one per core (or one at a
@@ -115,6 +115,7 @@ def jobs(preset, seeds, out):
 
 
 def finished(folder, kimg):
+    """Whether a run's result is there, after that many thousand images at least."""
     path = folder / "result.json"
     return path.exists() and json.loads(path.read_text()).get("images", 0) >= 1e3 * kimg
 
@@ -157,6 +158,7 @@ def at(rows, kimg):
 
 
 def exists(runs, key):
+    """Whether any run has that column of log.csv."""
     return any(key in rows[-1] for by_seed in runs.values() for _, rows in by_seed.values())
 
 
@@ -224,9 +226,7 @@ def tables(runs, out, key):
 # ----------------------------------------------------------------------------------- pictures
 
 def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = toy2d.pyplot()
     plt.rcParams.update({"font.size": 17, "axes.titlesize": 18, "lines.linewidth": 3})
     return plt
 
