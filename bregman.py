@@ -1,38 +1,43 @@
 """h and h''(r) r: what one convex function does to diffusion distillation (Di-Bregman, Table 1).
 
-The student's density q is matched to the teacher's p by driving r = q/p to 1 in the Bregman
-divergence of a convex h, at every noise level. By Theorem 3.1 its gradient is the score
-difference of VSD and DMD times one number per sample,
+The student's density q is matched to the teacher's p: r = q/p is driven to 1 in the Bregman
+divergence of a convex h, at every noise level. By Theorem 3.1 the gradient is the score difference
+of VSD and DMD times one number per sample,
 
     grad D_h(r || 1) = -E[ w(t) h''(r) r (grad log p - grad log q) dG ]             # Eq. (4)
 
 so h enters the training only as the weight h''(r) r. A classifier's logit l, with sigmoid(l) =
-p / (p + q), gives log r = -l; ratios and weights stay logarithms here as long as they can.
+p / (p + q), gives log r = -l; ratios and weights are kept as logarithms.
 
-    python bregman.py                   # prints Table 1, writes figures/weights.png (2 s, laptop)
+    python bregman.py           # Table 1 with numbers, runs/weights.png; 2 s: SBA 5 at r = 2 is 32
 
-    b = get("sba", lam=5); b.weight(-logits)
+    h = get("sba", lam=5); h.weight(-logits)
 """
-import argparse
+from plumbing.run import run_main
+
 import math
-import sys
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from plumbing.options import Parser, path
+from plumbing.plots import pyplot, save_figure
+
 Row = namedtuple("Row", "h_text weight_text divergence h log_weight")
 
 
-def _h_sba(r, lam):
-    """Divides by 0 at lam 0 and -1: there the limits, up to an affine term, are KL's and BE's."""
-    if lam == -1:
-        return -r.log()
-    if lam == 0:
-        return torch.special.xlogy(r, r)
-    return (r.pow(1 + lam) - r) / (lam * (lam + 1))
+def power(log_r, a):
+    """(r^a - 1) / a, which is log r at a = 0."""
+    return torch.expm1(a * log_r) / a if a else log_r
+
+
+def h_sba(r, lam):
+    """Table 1's h; at lam < -1/2 less an affine part that grows without bound at lam = -1."""
+    if lam < -0.5:
+        return power(r.log(), 1 + lam) / lam
+    return r * power(r.log(), lam) / (1 + lam)
 
 
 TABLE_1 = {  # name: h, h''(r) r, the f-divergence that D_h(r || 1) is, both as code       Table 1
@@ -49,7 +54,7 @@ TABLE_1 = {  # name: h, h''(r) r, the f-divergence that D_h(r || 1) is, both as 
               lambda r, lam: r.square() / 2,
               lambda log_r, lam: log_r),
     "sba": Row("(r^(1+lam) - r)/(lam (lam+1))", "r^lam", "power (alpha) divergence",
-               _h_sba,
+               h_sba,
                lambda log_r, lam: lam * log_r),
     # and those of f-distill (arXiv 2502.15681, Table 1) that are not among them
     "srkl": Row("(1+r) log(1+r) - r", "r/(1+r)", "softened reverse KL, 2 KL((p+q)/2||p)",
@@ -94,25 +99,35 @@ class Bregman:
 
 
 def get(name, lam=1.0):
-    """The Bregman divergence called `name`, of NAMES in any case; lam, finite, is SBA's alone.
+    """The Bregman divergence called `name`, of NAMES in any case; lam, in [-50, 50], is SBA's alone.
 
-    Raises ValueError for an unknown name or a lam that is not finite.
+    Raises ValueError for an unknown name, or a lam beyond which no float32 weight would survive.
     """
     if str(name).lower() not in TABLE_1:
         raise ValueError(f"unknown h {name!r}, not one of {' '.join(NAMES)}")
-    if not math.isfinite(lam):
-        raise ValueError(f"lam must be finite, not {lam}")
+    if not -50 <= lam <= 50:
+        raise ValueError(f"lam must be a number from -50 to 50, not {lam}")
     return Bregman(str(name).lower(), float(lam))
 
 
-def batch_weights(log_weight):
-    """Weights with batch mean one, of log weights of any shape (n samples in all).
+# ----------------------------------------------------------------- from log weights to a batch's
 
-    Returns the weights, shaped alike, and their effective sample size as a fraction of n in
-    (0, 1]: 1 where all are equal, 1/n where one sample takes everything (Kish 1965).
+def batch_weights(log_w, ess=0.0):
+    """Weights with batch mean one, of log weights of any shape (n in all).
+
+    Returns the weights w, shaped alike; their effective sample size as a share of n (Kish 1965), 1
+    where all are equal, 1/n where one sample takes everything; and tau, the largest power in [0, 1],
+    to 0.01, to which the weights can be raised while that share is at least `ess`, in [0, 1]. This is
+    the adaptive tempering of sequential Monte Carlo (Jasra et al. 2011): SBA's lambda becomes tau
+    lambda, KL stays KL.
     """
-    w = log_weight.numel() * log_weight.flatten().softmax(0).view_as(log_weight)
-    return w, 1 / w.square().mean()
+    flat, tau = log_w.flatten(), torch.ones((), device=log_w.device)
+    if ess:
+        powers = torch.linspace(0, 1, 101, device=log_w.device)
+        w = (powers[:, None] * flat).softmax(1)                                     # (101, n)
+        tau = powers[1 / (len(flat) * w.square().sum(1)) >= min(ess, 1 - 1e-4)].max()
+    w = len(flat) * (tau * flat).softmax(0).view_as(log_w)
+    return w, 1 / w.square().mean(), tau
 
 
 def two_stage(log_r, bins=10):
@@ -123,15 +138,39 @@ def two_stage(log_r, bins=10):
     return torch.cat([(part.mean() / part).log() for part in u.tensor_split(bins)])
 
 
-def temper(log_weight, least):
-    """The largest tau in [0, 1], to 0.01, at which batch_weights(tau log_weight) has an effective
-    sample size of at least `least`, in [0, 1]: adaptive tempering, as sequential Monte Carlo has
-    it (Jasra et al. 2011). SBA's lambda becomes tau lambda, KL stays KL. log_weight: (n,)."""
-    tau = torch.linspace(0, 1, 101, device=log_weight.device)
-    w = (tau[:, None] * log_weight).softmax(1)                              # (101, n)
-    ess = 1 / (log_weight.numel() * w.square().sum(1))
-    return tau[ess >= min(least, 1 - 1e-4)].max()
+def split(log_w, log_mean, rate):
+    """A weight has two parts: w = E[w | sigma] times w / E[w | sigma], how much a noise level
+    counts and how much a sample counts within its level.
 
+    log_w: (n,), sorted by noise level. log_mean: log E[w | sigma] in (bins,) equal shares of them, a
+    running mean which this batch moves by `rate`, in (0, 1], in place. Returns the logarithms of
+    both parts, (n,) each.
+    """
+    bins = log_w.tensor_split(len(log_mean))
+    now = torch.stack([part.logsumexp(0) - math.log(len(part)) for part in bins])
+    kept = log_mean + math.log1p(-rate) if rate < 1 else torch.full_like(now, -math.inf)
+    log_mean.copy_(torch.logaddexp(kept, now + math.log(rate)))
+    level = torch.cat([mean.expand(len(part)) for mean, part in zip(log_mean, bins)])
+    return level, log_w - level
+
+
+def which_way(log_ratio):
+    """Which way is r? Says how your function reads the ratio: "right", "upside down" or "biased".
+
+    log_ratio: maps the logits l (n,) of a classifier, sigmoid(l) = p / (p + q), to log r = log q/p.
+    It is tried on p = N(0, 1) and q = N(1, 1), whose log r at x is x - 1/2.
+    """
+    log_r = torch.linspace(-3, 4, 71) - 0.5
+    got = torch.as_tensor(log_ratio(-log_r))
+    if got.shape != log_r.shape:
+        return f"biased: {tuple(got.shape)} for 71 samples, not one number each"
+    off, off_upside_down = ((got - sign * log_r).abs().max().item() for sign in (1, -1))
+    if off_upside_down < 0.01:
+        return "upside down: this is log p/q, under which SBA's weight is r^-lam"
+    return "right" if off < 0.01 else f"biased: off by up to {off:.2g} between log r = -3.5 and 3.5"
+
+
+# ------------------------------------------------------------------------------------- Table 1
 
 def print_table():
     """Table 1, with h''(r) r at r = 0.5, 1 and 2; SBA at lam = 5, the paper's choice."""
@@ -142,50 +181,41 @@ def print_table():
         print(f"{name:<10}{row.h_text:<29}{row.weight_text:<13}{numbers}   {row.divergence}")
 
 
+CURVES = [  # label, name, lam, colour; the label's log r, its height over the curve
+    ("SBA 10", "sba", 10, "#67000d", 0.55, 1), ("SBA 5", "sba", 5, "#cb181d", 1.13, 1),
+    ("SBA 3", "sba", 3, "#ef6548", 1.85, 1), ("LS, SBA 1", "ls", 1, "#e08214", 2.4, 1),
+    ("KL, SBA 0", "kl", 1, "#000000", 2.6, 1), ("LR, JS", "lr", 1, "#1b7837", 0.85, 1),
+    ("BE, fKL, SBA -1", "be", 1, "#2166ac", -2, 0.53),
+    ("softened rKL", "srkl", 1, "#8c6d31", -2.2, 0.55),
+    ("Jeffreys", "jeffreys", 1, "#762a83", -0.85, 1.65),
+    ("Hellinger", "hellinger", 1, "#4393c3", 1.5, 0.62)]
+
+
 def plot(path):
     """Write h''(r) r against log r, one labelled curve a row of Table 1, to a PNG at `path`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    curves = [  # label, name, lam, colour; log r of the label, its height over the curve
-        ("SBA 10", "sba", 10, "#67000d", 0.55, 1), ("SBA 5", "sba", 5, "#cb181d", 1.13, 1),
-        ("SBA 3", "sba", 3, "#ef6548", 1.85, 1), ("LS, SBA 1", "ls", 1, "#e08214", 2.4, 1),
-        ("KL, SBA 0", "kl", 1, "#000000", 2.6, 1), ("LR, JS", "lr", 1, "#1b7837", 0.85, 1),
-        ("BE, fKL, SBA -1", "be", 1, "#2166ac", -2, 0.53),
-        ("softened rKL", "srkl", 1, "#8c6d31", -2.2, 0.55),
-        ("Jeffreys", "jeffreys", 1, "#762a83", -0.85, 1.65),
-        ("Hellinger", "hellinger", 1, "#4393c3", 1.5, 0.62)]
     log_r = torch.linspace(-3.2, 3.2, 641, dtype=torch.float64)
-    plt.rcParams.update({"font.size": 17})
-    fig, ax = plt.subplots(figsize=(12, 7.5), layout="constrained")
+    fig, ax = pyplot().subplots(figsize=(12, 7.5), layout="constrained")
     ax.axvspan(0, 3.2, color="#f4e9e4")
-    for label, name, lam, colour, at, above in curves:
-        b = get(name, lam)
-        ax.plot(log_r, b.weight(log_r), color=colour, lw=3)
-        ax.text(at, above * b.weight(torch.tensor(float(at))), label, color=colour, weight="bold",
+    for label, name, lam, colour, at, above in CURVES:
+        weight = get(name, lam).weight
+        ax.plot(log_r, weight(log_r), color=colour)
+        ax.text(at, above * weight(torch.tensor(float(at))), label, color=colour, weight="bold",
                 ha="center", va="center", bbox=dict(fc="white", ec="none", alpha=0.8, pad=1))
     ax.text(-1.6, 320, "q < p: the student\nputs too little here", ha="center", va="center")
     ax.text(2.45, 0.006, "q > p: the student\nputs too much here", ha="center", va="center")
     ax.set(yscale="log", ylim=(2e-3, 1e3), xlim=(-3.2, 3.2), xlabel="log r = log q/p = -logit",
            ylabel="weight  h''(r) r")
-    ax.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="bregman.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("figures/weights.png"))
+    parser = Parser(prog="bregman.py", description=__doc__.splitlines()[0])
+    parser.add("out", path, "runs/weights.png", "where the picture goes")
     out = parser.parse_args(argv).out
     print_table()
-    try:
-        plot(out)
-    except (OSError, ValueError) as e:              # no such place, or no such format
-        print(f"bregman.py: {e}", file=sys.stderr)
-        return 2
-    print(f"\nwrote {out}")
+    plot(out)
+    print(f"\nwrote {out}: a weight that rises with log r listens to where q is too large")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -1,27 +1,38 @@
 """The teacher: EDM's loss, sampler and training (Karras et al. 2022, arXiv 2206.00364).
 
-    python edm.py train --out runs/teacher                      # CIFAR-10, downloaded once
-    python edm.py train --out runs/teacher --resume --kimg 2000 # goes on, bit for bit
-    python edm.py sample pretrained/compact_teacher.pt --steps 18
-    python edm.py sample edm-cifar10-32x32-uncond-vp            # NVIDIA's official weights
+    python edm.py train --out runs/teacher                          # CIFAR-10, downloaded once
+    python edm.py train --out runs/teacher --resume --kimg 2000     # goes on, bit for bit
+    python edm.py train --out runs/classes --config compact-cond --label-dropout 0.1
+    python edm.py sample pretrained/compact_teacher.pt              # FD-compact 4.42 to CIFAR-10
+    python edm.py sample runs/teacher/teacher.pt --guide runs/young/teacher.pt --w 2
+    python edm.py sample runs/classes/teacher.pt --guide self --w 2
+    python edm.py sample edm-cifar10-32x32-uncond-vp                # NVIDIA's official weights
 """
 import csv
-import io
 import math
-import pickle
-import signal
+import shlex
 import sys
 import time
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
+
+from plumbing.run import Stop, run_main, tune_cpu
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from data import (Parser, atomic, device, download, load_images, positive, reading, run_main,
-                  save_atomic, save_grid, save_images, tune_cpu)
-from ncsnpp import CONFIGS, EDMPrecond
+from data import download, load_images, save_grid, save_images
+from ncsnpp import CONFIGS, EDMPrecond, c_out, per_image
+from plumbing import options
+from plumbing.files import atomic, claim, reading, save_atomic
+from plumbing.options import (Parser, count, nonnegative, positive, real, same_options, share, text,
+                              validate, whole)
+from plumbing.weights import check_form, check_optimizer, read_checkpoint, read_weights
+
+IMAGE = (3, 32, 32)
 
 OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl
     "edm-cifar10-32x32-uncond-vp":
@@ -33,34 +44,43 @@ OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretr
 
 # ---------------------------------------------------------------------------- loss and sampler
 
-def edm_loss(net, x0, sigma, noise, labels=None):
-    """Denoising loss, EDM Eq. (2) with the weight of Table 1, averaged over pixels.
+def edm_loss(D_x, x0, sigma, sigma_data):
+    """Denoising loss, EDM Eq. (2) with the weight of Table 1, averaged over pixels: (N,).
 
-    x0: float [-1, 1] (N, 3, H, W). sigma: (N,). noise: standard normal, like x0. Returns (N,).
+    D_x: the denoiser's output for x0 + sigma noise. x0: clean images, float [-1, 1], like D_x
+    (N, 3, H, W). sigma: (N, 1, 1, 1).
     """
-    sigma_data = EDMPrecond.sigma_data
-    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2         # lambda(sigma)
-    D_x = net(x0 + sigma[:, None, None, None] * noise, sigma, labels)
-    return weight * (D_x - x0).square().mean(dim=(1, 2, 3))
+    weight = c_out(sigma, sigma_data) ** -2                                 # lambda(sigma)
+    return (weight * (D_x - x0).square()).mean(dim=(1, 2, 3))
 
 
-def karras_grid(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The sampler's noise levels, EDM Eq. (5): (steps + 1,), falling, the last one 0."""
-    i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + i * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+def karras(t, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Noise levels, EDM Eq. (5): t in [0, 1], a tensor -> sigma from sigma_max down to sigma_min,
+    in the dtype of t."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + t * (low - high)) ** rho
+
+
+def grid(steps):
+    """The sampler's noise levels for a teacher: a list of steps + 1, falling, the last one 0."""
+    t = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    return [*karras(t).tolist(), 0.0]
 
 
 @torch.no_grad()
-def heun(net, z, steps=18, labels=None):
-    """EDM Algorithm 1, deterministic: standard normal z -> images; 2 steps - 1 evaluations."""
-    sigmas = karras_grid(steps).tolist()
+def heun(net, z, sigmas, c=None):
+    """EDM Algorithm 1, deterministic: standard normal z -> images, both (N, 3, H, W).
+
+    sigmas: noise levels, falling, the last one 0; n of them above 0 take 2 n - 1 evaluations. A
+    one-step generator is its shortest case: sigmas (s, 0) give x + (0 - s) (x - D) / s = D.
+    """
+    sigmas = [float(sigma) for sigma in sigmas]
     x = z * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
-        slope = (x - net(x, sigma, labels)) / sigma                             # dx/dsigma
-        x_next = x + (sigma_next - sigma) * slope
-        if sigma_next > 0:                                                      # 2nd order
-            slope_next = (x_next - net(x_next, sigma_next, labels)) / sigma_next
+        slope = (x - net(x, sigma, c)) / sigma                              # dx/dsigma, line 4
+        x_next = x + (sigma_next - sigma) * slope                           # Euler's step, line 5
+        if sigma_next > 0:                                                  # 2nd order, lines 6-8
+            slope_next = (x_next - net(x_next, sigma_next, c)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
@@ -71,108 +91,85 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def sample(net, n, steps=18, seed=0, batch=64, labels=None, progress=False):
-    """n samples, uint8 (n, 3, 32, 32) on the CPU; from one stream of noise on the CPU, so that
-    neither batch size nor device changes what is drawn. labels: int64 (n,); where a
-    class-conditional network gets none, the classes take turns."""
+def check_labels(labels, n, label_dim, source):
+    """Raises ValueError, naming `source`, unless labels are int64 (n,) in [0, label_dim)."""
+    if labels is None or not label_dim:
+        raise ValueError(f"{source} has no labels, which the network needs" if label_dim else
+                         f"{source} has labels, which an unconditional network does not take")
+    if labels.dtype != torch.int64 or labels.shape != (n,):
+        raise ValueError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}, not whole "
+                         f"numbers, one for each of {n} images")
+    if labels.min() < 0 or labels.max() >= label_dim:
+        raise ValueError(f"{source}: labels from {labels.min()} to {labels.max()}; the network "
+                         f"knows 0 to {label_dim - 1}")
+
+
+def sample(net, n, sigmas=tuple(grid(18)), seed=0, batch=64, labels=None, progress=False):
+    """n samples of a denoiser, uint8 (n, 3, 32, 32) on the CPU.
+
+    sigmas: heun's: grid(18) for a teacher, (2.5, 0.0) for a one-step student. The noise is one
+    stream on the CPU: neither batch size nor device changes what is drawn. labels: int64 (n,);
+    where a class-conditional network gets none, the classes take turns. Raises ValueError for
+    labels that the network does not know.
+    """
     device = next(net.parameters()).device
-    generator, images = torch.Generator().manual_seed(seed), []
-    if net.label_dim and labels is None:
+    generator, images, c = torch.Generator().manual_seed(seed), [], None
+    if labels is None and net.label_dim:
         labels = torch.arange(n) % net.label_dim
+    if labels is not None:
+        check_labels(labels, n, net.label_dim, "sample")
+        c = F.one_hot(labels, net.label_dim).float().to(device)             # (n, label_dim)
     for start in tqdm(range(0, n, batch), disable=not progress, unit="batch"):
-        size = min(batch, n - start)
-        z = torch.randn(size, 3, 32, 32, generator=generator).to(device)
-        c = None
-        if net.label_dim:
-            c = torch.eye(net.label_dim, device=device)[labels[start:start + size]]
-        images.append(to_uint8(heun(net, z, steps, c)).cpu())
+        z = torch.randn(min(batch, n - start), *IMAGE, generator=generator).to(device)
+        part = None if c is None else c[start:start + batch]
+        images.append(to_uint8(heun(net, z, sigmas, part)).cpu())
     return torch.cat(images)
+
+
+# ------------------------------------------------------------------------------------- guidance
+
+class Guided(nn.Module):
+    """A teacher that a weaker one guides: D = D_weak + w (D_good - D_weak), without gradients.
+
+    weak: another network, such as the good one when it was younger (autoguidance, Karras et al.
+    2024, arXiv 2406.02507); None for the good one without its label (classifier-free guidance, Ho
+    and Salimans 2022, arXiv 2207.12598). low, high: the noise levels in [low, high] are guided, at
+    the others D is D_good (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    Raises ValueError for networks that don't go together.
+    """
+
+    def __init__(self, good, weak, w, low=0.0, high=math.inf):
+        super().__init__()
+        if weak is None and not good.label_dim:
+            raise ValueError("only a class-conditional network can be guided by itself")
+        if weak is not None and weak.label_dim not in (0, good.label_dim):
+            raise ValueError(f"a network of {good.label_dim} classes can't be guided by one of "
+                             f"{weak.label_dim}")
+        if low > high:
+            raise ValueError(f"no noise level lies between {low:g} and {high:g}")
+        self.good, self.weak, self.w, self.low, self.high = good, weak, w, low, high
+        self.sigma_data, self.label_dim = good.sigma_data, good.label_dim
+
+    @torch.no_grad()
+    def forward(self, x, sigma, c=None):
+        """Arguments as EDMPrecond's, and D_x."""
+        D_good = self.good(x, sigma, c)
+        sigma = per_image(sigma, x)
+        inside = (self.low <= sigma) & (sigma <= self.high)                 # (N or 1, 1, 1, 1)
+        if self.w == 1 or not inside.any():
+            return D_good
+        if self.weak is None:
+            D_weak = self.good(x, sigma, torch.zeros_like(c))
+        else:
+            D_weak = self.weak(x, sigma, c)
+        return torch.where(inside, D_weak + self.w * (D_good - D_weak), D_good)
 
 
 # -------------------------------------------------------------------------------------- loading
 
-class Call:
-    """A function that a pickle may call but, as it takes no state, not alter."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("refused to alter a function")
-
-
-class Record(dict):
-    """What stands in for every object of a foreign pickle: data, never code."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-def _persistent(meta, *_):
-    record = Record()
-    record.update(meta["state"])        # its "module_src" is Python source: left alone
-    return record
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Reads EDM's official pickles without running what they carry.
-
-    They embed Python source for their classes. Here every class becomes a Record, tensors are
-    rebuilt by torch, their bytes read with weights_only, and any other name is refused.
-    """
-    ADMITTED = {
-        "collections.OrderedDict": OrderedDict,
-        "dnnlib.util.EasyDict": Record,
-        "numpy.dtype": Record,
-        "numpy.core.multiarray.scalar": Record,
-        "numpy._core.multiarray.scalar": Record,
-        "torch.nn.modules.container.ModuleDict": Record,
-        "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
-        "torch._utils._rebuild_tensor_v2": Call(torch._utils._rebuild_tensor_v2),
-        "torch.storage._load_from_bytes": Call(lambda blob: torch.load(
-            io.BytesIO(blob), map_location="cpu", weights_only=True)),
-        "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
-    }
-
-    def find_class(self, module, name):
-        try:
-            return self.ADMITTED[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}") from None
-
-
-def flatten(record, prefix=""):
-    """The state dict of a pickled module: parameters and buffers, by walking its parts."""
-    state = {}
-    for kind in ("_parameters", "_buffers"):
-        state |= {prefix + k: v for k, v in record.get(kind, {}).items() if v is not None}
-    for name, part in record.get("_modules", {}).items():
-        if part is not None:
-            state |= flatten(part, f"{prefix}{name}.")
-    return state
-
-
-def read_weights(path):
-    """-> state dict of an official EDM pickle, of our own checkpoint (its EMA), or of a bare state
-    dict saved by torch. Raises ValueError, naming the file, if it is none of them."""
-    with reading(path, "a checkpoint"), open(path, "rb") as f:
-        if f.read(2) == b"PK":                                      # torch.save's zip
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            return dict(stored.get("ema", stored))
-        f.seek(0)
-        return flatten(SafeUnpickler(f).load()["ema"])
-
-
 def build(state, path="the checkpoint"):
     """The network whose names and shapes are those of `state`, with its weights, in eval mode.
     Raises ValueError, naming the first difference to the nearest configuration, if none is."""
-    state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     nearest = None
     for name, config in CONFIGS.items():
@@ -182,7 +179,7 @@ def build(state, path="the checkpoint"):
         if not wrong:
             net = EDMPrecond(**config)
             net.load_state_dict(state)
-            return net.float().eval().requires_grad_(False)
+            return net.eval().requires_grad_(False)
         if nearest is None or len(wrong) < nearest[0]:
             k = wrong[0]
             nearest = len(wrong), f"{name}, in which {k} is {expected.get(k)}, not {shapes.get(k)}"
@@ -190,7 +187,7 @@ def build(state, path="the checkpoint"):
 
 
 def load_teacher(source):
-    """-> EDMPrecond in eval mode, without gradients, on the CPU.
+    """-> EDMPrecond in eval mode, without gradients, float32 on the CPU.
 
     source: a path, a URL, or a name of OFFICIAL; NVIDIA's pickles and our checkpoints alike. The
     configuration is recognised by names and shapes. Raises ValueError or OSError.
@@ -206,34 +203,51 @@ def load_teacher(source):
     return build(read_weights(source), source)
 
 
+def load_guided(teacher, guide, w, low=0.0, high=math.inf):
+    """-> Guided(teacher, ...), or the teacher alone for an empty `guide`.
+
+    guide: "self", or what load_teacher takes. Raises ValueError or OSError.
+    """
+    if not guide:
+        return teacher
+    device = next(teacher.parameters()).device
+    weak = None if guide == "self" else load_teacher(guide).to(device)
+    return Guided(teacher, weak, w, low, high)
+
+
 # ------------------------------------------------------------------------------------- training
 
 @dataclass
 class TrainConfig:
-    data: str = "cifar10"       # what data.load_images takes
-    config: str = "compact"     # a name of ncsnpp.CONFIGS
+    data: text = "cifar10"      # what data.load_images takes: a folder or archive of 32 x 32 images
+    config: Literal[tuple(CONFIGS)] = "compact"     # the network, a name of ncsnpp.CONFIGS
     init: str = ""              # what load_teacher takes: start from its weights, to fine-tune
-    kimg: float = 1000          # thousands of images to see in all
-    batch: int = 64
-    lr: float = 1.5e-3          # Adam's, after the warm-up; falls as 1/sqrt beyond ref_kimg
-    ref_kimg: float = 400.0     # images after which the learning rate falls
-    warmup_kimg: float = 25.0   # images over which it rises from 0
-    ema_kimg: float = 50.0      # half-life of the weights' average, at most 5 % of the run so far
-    p_mean: float = -1.2        # ln sigma is normal with this mean
-    p_std: float = 1.2          # and this standard deviation
-    seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    amp: str = "no"             # "bf16" for autocast
-    save_every: float = 20.0    # kimg between checkpoints
-    preview: int = 64           # samples in samples.png at each of them, 0 for none
+    kimg: positive = 1000.0     # thousands of images to see in all
+    batch: count = 64           # images a step
+    lr: positive = 1.5e-3       # Adam's, after the warm-up; falls as 1/sqrt beyond ref-kimg
+    warmup_kimg: nonnegative = 25.0     # thousands of images over which it rises from 0
+    ref_kimg: positive = 400.0  # thousands of images after which it falls
+    decay: nonnegative = 0.0    # the last thousands of images, over which it falls to 0 linearly
+    ema_kimg: nonnegative = 50.0        # half-life of the weights' average, at most 5 % of the
+    #                                     run so far
+    p_mean: real = -1.2         # ln sigma is normal with this mean
+    p_std: positive = 1.2       # and this standard deviation
+    label_dropout: share = 0.0  # share of the labels left out, for guidance by itself: 0.1, say
+    seed: options.seed = 0              # of the first weights and all random numbers
+    device: options.device = "cuda" if torch.cuda.is_available() else "cpu"     # what computes
+    amp: Literal["no", "bf16"] = "no"   # bf16 for autocast
+    save_every: positive = 20.0 # thousands of images between checkpoints
+    preview: whole = 64         # samples in samples.png at each of them, 0 for none
 
     def __post_init__(self):
-        if self.config not in CONFIGS:
-            raise ValueError(f"unknown config {self.config!r}, not one of {' '.join(CONFIGS)}")
-        if self.amp not in ("no", "bf16"):
-            raise ValueError(f"amp is no or bf16, not {self.amp!r}")
-        if min(self.kimg, self.batch, self.lr, self.save_every) <= 0 or self.preview < 0:
-            raise ValueError("kimg, batch, lr and save-every must be positive, preview at least 0")
+        validate(self)
+        if self.decay > self.kimg:
+            raise ValueError(f"--decay {self.decay:g} is longer than the run, --kimg {self.kimg:g}")
+        if self.label_dropout and not CONFIGS[self.config].get("label_dim"):
+            raise ValueError(f"--label-dropout: the network {self.config} has no labels")
+
+
+FREE = ("kimg", "decay", "device", "save_every", "preview")     # may change when a run goes on
 
 
 def half_life_to_beta(images, half_life):
@@ -243,71 +257,72 @@ def half_life_to_beta(images, half_life):
 class Trainer:
     """EDM training; everything that changes is in state(), so that a resumed run is the same run.
 
-    The schedule never looks at the run's end: `--resume --kimg MORE` goes on as if it had always
-    been asked for more.
+    images: uint8 (n, 3, 32, 32). labels: int64 (n,), which an unconditional network ignores.
+    Raises ValueError for images and labels that don't fit the network.
     """
 
     def __init__(self, cfg, images, labels=None):
-        if images.shape[1:] != (3, 32, 32):
-            raise ValueError(f"{cfg.data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
-        if CONFIGS[cfg.config].get("label_dim") and labels is None:
-            raise ValueError(f"{cfg.data} has no labels, which {cfg.config} needs")
-        self.cfg, self.images, self.labels = cfg, images, labels
+        if images.shape[1:] != IMAGE:
+            raise ValueError(f"{cfg.data}: images of {tuple(images.shape[1:])}, not {IMAGE}")
+        self.cfg, self.images, self.labels = cfg, images.to(cfg.device), None
         torch.manual_seed(cfg.seed)
-        self.net = EDMPrecond(**CONFIGS[cfg.config])
-        if cfg.init:
-            with reading(cfg.init, f"a network of the configuration {cfg.config}"):
-                self.net.load_state_dict(load_teacher(cfg.init).state_dict())
-        self.net.to(cfg.device).train()
+        self.net = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).train()
         self.ema = EDMPrecond(**CONFIGS[cfg.config]).to(cfg.device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.net.state_dict())
+        if self.net.label_dim:
+            check_labels(labels, len(images), self.net.label_dim, cfg.data)
+            self.labels = labels.to(cfg.device)
         self.opt = torch.optim.Adam(self.net.parameters(), betas=(0.9, 0.99), fused=True)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.seen, self.loss, self.seconds = 0, float("nan"), 0.0
+        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+        self.seen, self.loss, self.seconds, self.rows = 0, math.nan, 0.0, []
 
-    def state(self):
-        return {"config": asdict(self.cfg), "net": self.net.state_dict(),
-                "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
-                "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
-                "seen": self.seen, "loss": self.loss, "seconds": self.seconds}
-
-    def load(self, state):
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.opt.load_state_dict(state["opt"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])                 # dropout's
-        self.seen, self.loss, self.seconds = state["seen"], state["loss"], state["seconds"]
+    def start_from(self, source):
+        """Take the weights of another teacher. Raises ValueError or OSError."""
+        state = load_teacher(source).state_dict()
+        with reading(source, f"a network of the configuration {self.cfg.config}"):
+            check_form(self.net.state_dict(), state, "weights")
+        self.net.load_state_dict(state)
+        self.ema.load_state_dict(state)
 
     def batch(self):
-        """x0 with random flips, sigma, noise, one-hot labels; drawn on the CPU, so that a seed
-        means the same on every device."""
-        cfg, g = self.cfg, self.generator
-        index = torch.randint(len(self.images), (cfg.batch,), generator=g)
-        flip = torch.rand(cfg.batch, generator=g) < 0.5
-        sigma = (cfg.p_mean + cfg.p_std * torch.randn(cfg.batch, generator=g)).exp()
+        """-> x0 with random flips (n, 3, 32, 32), sigma (n, 1, 1, 1), noise like x0, and one-hot
+        labels (n, label_dim) or None."""
+        n = self.cfg.batch
+        how = dict(generator=self.generator, device=self.images.device)
+        index = torch.randint(len(self.images), (n,), **how)
+        flip = torch.rand(n, 1, 1, 1, **how) < 0.5
+        sigma = (self.cfg.p_mean + self.cfg.p_std * torch.randn(n, 1, 1, 1, **how)).exp()
         x0 = self.images[index].float() / 127.5 - 1
-        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
-        noise = torch.randn(x0.shape, generator=g)
-        labels = None
+        x0 = torch.where(flip, x0.flip(3), x0)
+        noise, c = torch.randn(x0.shape, **how), None
         if self.net.label_dim:
-            labels = torch.eye(self.net.label_dim)[self.labels[index]].to(cfg.device)
-        return x0.to(cfg.device), sigma.to(cfg.device), noise.to(cfg.device), labels
+            c = F.one_hot(self.labels[index], self.net.label_dim).float()
+            c = c * (torch.rand(n, 1, **how) >= self.cfg.label_dropout)     # no label: zeros
+        return x0, sigma, noise, c
+
+    def rate(self):
+        """The learning rate after self.seen images."""
+        cfg, kimg = self.cfg, self.seen / 1e3
+        rate = min(1.0, kimg / cfg.warmup_kimg) if cfg.warmup_kimg else 1.0
+        rate *= max(1.0, kimg / cfg.ref_kimg) ** -0.5
+        if cfg.decay:
+            rate *= min(1.0, max(0.0, cfg.kimg - kimg) / cfg.decay)
+        return cfg.lr * rate
 
     def step(self):
+        """Learn from one batch. Returns its loss; raises FloatingPointError if that isn't finite."""
         cfg = self.cfg
-        rate = min(1.0, self.seen / (1e3 * cfg.warmup_kimg + 1e-8))
-        rate *= max(1.0, self.seen / (1e3 * cfg.ref_kimg)) ** -0.5
-        for group in self.opt.param_groups:
-            group["lr"] = cfg.lr * rate
-        x0, sigma, noise, labels = self.batch()
+        x0, sigma, noise, c = self.batch()
         with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.amp == "bf16"):
-            losses = edm_loss(self.net, x0, sigma, noise, labels)
+            D_x = self.net(x0 + sigma * noise, sigma, c)
+        losses = edm_loss(D_x, x0, sigma, self.net.sigma_data)              # (n,)
         loss = losses.mean()
         if not loss.isfinite():
-            worst = losses.nan_to_num(torch.inf).argmax()
+            worst = sigma.flatten()[losses.nan_to_num(torch.inf).argmax()]
             raise FloatingPointError(f"loss is {loss.item()} after {self.seen} images, "
-                                     f"worst at sigma = {sigma[worst].item():.4g}")
+                                     f"worst at sigma = {worst.item():.4g}")
+        for group in self.opt.param_groups:
+            group["lr"] = self.rate()
         self.opt.zero_grad()
         loss.backward()
         self.opt.step()
@@ -320,18 +335,79 @@ class Trainer:
         self.loss = loss if math.isnan(self.loss) else beta * self.loss + (1 - beta) * loss
         return loss
 
+    def state(self):
+        """What a run is, of tensors and plain values."""
+        on_cuda = torch.device(self.cfg.device).type == "cuda"
+        return {"config": asdict(self.cfg), "net": self.net.state_dict(),
+                "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
+                "generator": self.generator.get_state(),
+                "torch": (torch.cuda.get_rng_state(self.cfg.device) if on_cuda      # dropout's
+                          else torch.get_rng_state()),
+                "seen": self.seen, "loss": self.loss, "seconds": self.seconds, "rows": self.rows}
 
-def read_run(path, cfg):
-    """The state in a run's checkpoint, if it is a run of `cfg`; ValueError names what differs."""
-    with reading(path, "a checkpoint of edm.py train"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        old = state["config"]
-    for f in fields(cfg):
-        if f.name not in ("kimg", "data", "init", "device", "save_every", "preview"):
-            if old.get(f.name) != getattr(cfg, f.name):
-                raise ValueError(f"{path} was trained with --{f.name.replace('_', '-')} "
-                                 f"{old.get(f.name)}, not {getattr(cfg, f.name)}")
-    return state
+    def load(self, state):
+        """Go on from state(). Raises ValueError, naming what isn't as state() gives it."""
+        kind = torch.device(self.cfg.device).type
+        moved = torch.device(state["config"]["device"]).type != kind
+        free = ("config", "opt", "rows") + (("generator", "torch") if moved else ())
+        check_form(self.state() | {k: state.get(k) for k in free}, state, "state")
+        check_optimizer(self.opt, state["opt"], "opt")
+        check_form([[0.0, 0.0, 0.0]] * len(state["rows"]), state["rows"], "rows")
+        self.net.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.opt.load_state_dict(state["opt"])
+        self.seen, self.loss, self.seconds = state["seen"], state["loss"], state["seconds"]
+        self.rows = state["rows"]
+        if moved:
+            self.generator.manual_seed(self.cfg.seed + self.seen)
+            torch.manual_seed(self.cfg.seed + self.seen)
+            print(f"the run was on another kind of device than {self.cfg.device}: from here on its "
+                  f"random numbers are those of seed {self.cfg.seed + self.seen}")
+        else:
+            self.generator.set_state(state["generator"])
+            if kind == "cuda":
+                torch.cuda.set_rng_state(state["torch"], self.cfg.device)
+            else:
+                torch.set_rng_state(state["torch"])
+
+
+def write_log(rows, path):
+    with atomic(path) as tmp, open(tmp, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["kimg", "seconds", "loss"])
+        writer.writerows([f"{kimg:.10g}", f"{seconds:.0f}", f"{loss:.5f}"]
+                         for kimg, seconds, loss in rows)
+
+
+def save(trainer, out, stop):
+    """Write what a run leaves; first the checkpoint, from which a resumed run can make the rest."""
+    row = [trainer.seen / 1e3, trainer.seconds, trainer.loss]
+    if not trainer.rows or trainer.rows[-1][0] < row[0]:
+        trainer.rows.append(row)
+    state = trainer.state()
+    save_atomic(state, out / "checkpoint.pt")
+    save_atomic({k: state[k] for k in ("config", "seen", "ema")}, out / "teacher.pt")
+    write_log(trainer.rows, out / "log.csv")
+    if trainer.cfg.preview and not stop.number:
+        with stop.at_once():
+            save_grid(sample(trainer.ema, trainer.cfg.preview), out / "samples.png")
+
+
+def run(trainer, out, stop):
+    """Step until the run's end or a signal, and save now and then."""
+    cfg, start, saved = trainer.cfg, time.monotonic() - trainer.seconds, None
+    end, every = 1e3 * cfg.kimg, 1e3 * cfg.save_every
+    with tqdm(total=end, initial=trainer.seen, unit="img", unit_scale=True) as bar:
+        while trainer.seen < end and not stop.number:
+            trainer.step()
+            trainer.seconds = time.monotonic() - start
+            bar.update(cfg.batch)
+            bar.set_postfix(loss=f"{trainer.loss:.4f}")
+            if trainer.seen // every > (trainer.seen - cfg.batch) // every:
+                save(trainer, out, stop)
+                saved = trainer.seen
+    if saved != trainer.seen:
+        save(trainer, out, stop)
 
 
 def train(cfg, out, resume=False):
@@ -341,87 +417,70 @@ def train(cfg, out, resume=False):
     SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
     ValueError, OSError, or FloatingPointError for a loss that is not finite.
     """
-    out = Path(out)
-    path, log = out / "checkpoint.pt", out / "log.csv"
-    state = read_run(path, cfg) if resume else None
+    path, what = out / "checkpoint.pt", "a checkpoint of edm.py train"
     if path.exists() and not resume:
         raise ValueError(f"{path} holds a run already: add --resume, or take another --out")
-    trainer = Trainer(cfg, *load_images(cfg.data))
-    if resume:
-        trainer.load(state)
-    before, start, saved = trainer.seconds, time.time(), -1
-    rows = list(csv.reader(log.open())) if resume and log.exists() else []
-    rows = [r for r in rows[1:] if float(r[0]) * 1000 <= trainer.seen]
-
-    def write_log():
-        with atomic(log) as tmp, open(tmp, "w", newline="") as f:
-            csv.writer(f).writerows([["kimg", "seconds", "loss"], *rows])
-
-    def save():
-        trainer.seconds = before + time.time() - start
-        rows.append([f"{trainer.seen / 1000:g}", f"{trainer.seconds:.0f}", f"{trainer.loss:.5f}"])
-        save_atomic(trainer.state(), path)
-        save_atomic({"config": asdict(cfg), "seen": trainer.seen, "ema": trainer.ema.state_dict()},
-                    out / "teacher.pt")
-        write_log()
-        if cfg.preview:
-            save_grid(sample(trainer.ema, cfg.preview), out / "samples.png")
-        return trainer.seen
-
-    write_log()                                 # a folder that can't be written fails here
-    stop = []                                   # a signal asks, the loop answers between steps
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-    with tqdm(total=cfg.kimg * 1000, initial=trainer.seen, unit="img", unit_scale=True) as bar:
-        while trainer.seen < cfg.kimg * 1000 and not stop:
-            trainer.step()
-            bar.update(cfg.batch)
-            bar.set_postfix(loss=f"{trainer.loss:.4f}")
-            if trainer.seen % round(1000 * cfg.save_every) < cfg.batch:
-                saved = save()
-    if saved != trainer.seen:
-        save()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if stop:
-        flags = " ".join(sys.argv[1:]) + ("" if resume else " --resume")
-        print(f"stopped after {trainer.seen} images; to go on: python edm.py {flags}")
-        return 128 + stop[0]
+    if resume and not path.is_file():
+        raise FileNotFoundError(f"no run to resume: {path} is missing")
+    images, labels = load_images(cfg.data)
+    with claim(out), Stop() as stop:
+        trainer = Trainer(cfg, images, labels)
+        if resume:
+            state = read_checkpoint(path, what)
+            same_options(path, state["config"], asdict(cfg), FREE)
+            with reading(path, what):
+                trainer.load(state)
+        elif cfg.init:
+            trainer.start_from(cfg.init)
+        write_log(trainer.rows, out / "log.csv")    # a folder that can't be written fails here
+        run(trainer, out, stop)
+    if stop.number:
+        command = ["python", *sys.argv, *([] if resume else ["--resume"])]
+        print(f"stopped after {trainer.seen} images; to go on: {shlex.join(command)}")
+        return 128 + stop.number
     print(f"{trainer.seen} images, loss {trainer.loss:.4f}, {trainer.seconds:.0f} s: {path}")
     return 0
 
 
-def main(argv):
+def parse(argv):
     parser = Parser(prog="edm.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="train a teacher")
-    p.add_argument("--out", required=True, help="the run's folder")
+    p.add_argument("--out", type=options.path, required=True, help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    for f in fields(TrainConfig):
-        p.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                       type=device if f.name == "device" else f.type)
+    p.add_fields(TrainConfig)
     p = commands.add_parser("sample", help="draw images from a teacher")
-    p.add_argument("checkpoint", help="a file, a URL, or a name of NVIDIA's")
-    p.add_argument("-n", type=positive, default=64, help="how many")
-    p.add_argument("--steps", type=positive, default=18, help="2 steps - 1 evaluations an image")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=positive, default=64)
-    p.add_argument("--device", type=device, default=TrainConfig.device)
-    p.add_argument("--out", default="samples.png", help=".npz or .zip, else a grid as PNG")
-    args = parser.parse_args(argv)
+    p.add_argument("checkpoint", type=text, help="a file, a URL, or a name of NVIDIA's")
+    p.add_argument("-n", type=count, default=64, help="how many images (64)")
+    p.add("steps", count, 18, "Heun's; each but the last evaluates the network twice")
+    p.add("guide", str, "", "a weaker teacher that guides this one, or self: without its labels")
+    p.add("w", real, 2.0, "the guidance: 1 is none")
+    p.add("guide_low", nonnegative, 0.0, "the lowest noise level that is guided")
+    p.add("guide_high", nonnegative, math.inf, "and the highest")
+    p.add("seed", options.seed, 0, "of the noise")
+    p.add("batch", count, 64, "images at a time")
+    p.add("device", options.device, TrainConfig.device, "what computes")
+    p.add("out", options.path, "samples.png", ".npz or .zip, else a grid as PNG")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
     tune_cpu()
     if args.command == "train":
-        cfg = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-        return train(TrainConfig(**cfg), args.out, args.resume)
+        cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+        return train(cfg, args.out, args.resume)
 
-    net, start = load_teacher(args.checkpoint).to(args.device), time.time()
-    images = sample(net, args.n, args.steps, args.seed, args.batch, progress=True)
-    if args.out.endswith((".npz", ".zip")):
-        save_images(images, args.out)
+    start, net = time.monotonic(), load_teacher(args.checkpoint).to(args.device)
+    net = load_guided(net, args.guide, args.w, args.guide_low, args.guide_high)
+    labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
+    images = sample(net, args.n, grid(args.steps), args.seed, args.batch, labels, progress=True)
+    if args.out.suffix in (".npz", ".zip"):
+        save_images(images, args.out, labels)
     else:
         save_grid(images, args.out)
     print(f"{args.n} images, {2 * args.steps - 1} evaluations each, "
-          f"in {time.time() - start:.1f} s: {args.out}")
+          f"in {time.monotonic() - start:.1f} s: {args.out}")
 
 
 if __name__ == "__main__":

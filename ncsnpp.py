@@ -6,15 +6,16 @@ weights load. The classifier of Di-Bregman (Algorithm 1, line 9) has no network 
 logits are the channel mean of the encoder's last features (SiDA, arXiv 2410.14919).
 
     net = EDMPrecond(**CONFIGS["compact"])
-    D_x = net(x, sigma)                                # the denoised image
-    D_x, logits = net(x, sigma, return_logits=True)    # one pass for both
-    logits = net.encode(x, sigma)                      # encoder alone
+    D_x = net(x, sigma, c)                                 # the denoised image; c: labels, or None
+    D_x, logits = net(x, sigma, c, return_logits=True)     # one pass for both
+    logits = net.encode(x, sigma, c)                       # the encoder alone
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -35,6 +36,19 @@ CONFIGS = {         # FID as EDM's Table 2 has it, by Heun with 35 evaluations; 
     "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M
     "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79
 }
+
+
+def c_out(sigma, sigma_data):
+    """The scale of F's output in D, EDM Table 1. 1 / c_out^2 is the weight of EDM's loss.
+
+    sigma, sigma_data: > 0, numbers or tensors. Returns a number or a tensor like sigma.
+    """
+    return sigma * sigma_data / (sigma ** 2 + sigma_data ** 2) ** 0.5
+
+
+def per_image(sigma, x):
+    """sigma, a number or (N,) or (N, 1, 1, 1) -> float32 (1 or N, 1, 1, 1) beside the images x."""
+    return torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
 
 
 class Conv2d(nn.Conv2d):
@@ -144,7 +158,8 @@ class UNet(nn.Module):
             self.map_noise = nn.Module()
             self.map_noise.register_buffer("freqs", 16 * torch.randn(c_noise // 2))
         self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
-        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
+        if augment_dim:     # in EDM's checkpoints; it adds nothing to images that aren't augmented
+            self.map_augment = nn.Linear(augment_dim, c_noise, bias=False)
         self.map_layer0 = nn.Linear(c_noise, emb)
         self.map_layer1 = nn.Linear(emb, emb)
 
@@ -179,7 +194,7 @@ class UNet(nn.Module):
         self.dec[f"{name}_aux_conv"] = Conv2d(c, 3, 3)
         nn.init.zeros_(self.dec[f"{name}_aux_conv"].weight)
 
-    def embed(self, c_noise, labels, augment_labels):
+    def embed(self, c_noise, c):
         if hasattr(self, "map_noise"):
             freqs = 2 * math.pi * self.map_noise.freqs
         else:
@@ -187,23 +202,21 @@ class UNet(nn.Module):
         angles = c_noise[:, None] * freqs                       # (N, width / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
         if self.map_label is not None:
-            emb = emb + self.map_label(labels * math.sqrt(labels.shape[1]))
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+            emb = emb + self.map_label(c * math.sqrt(c.shape[1]))
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))    # (N, 4 model_channels)
 
-    def encode(self, x, emb):
+    def encode(self, x, emb, run):
         """-> the skips, a list of features; the last one is the encoder's output."""
         skips, image = [], x
         for name, module in self.enc.items():
             if "aux" in name:
                 image = x = skips[-1] = (skips[-1] + module(image)) * SQRT_HALF
                 continue
-            x = module(x, emb) if isinstance(module, Block) else module(x)
+            x = run(module, x, emb) if isinstance(module, Block) else module(x)
             skips.append(x)
         return skips
 
-    def decode(self, skips, emb):
+    def decode(self, skips, emb, run):
         skips, x = list(skips), skips[-1]
         for name, module in self.dec.items():
             if "aux_norm" in name:
@@ -211,7 +224,8 @@ class UNet(nn.Module):
             elif "aux_conv" in name:
                 return module(x)
             else:
-                x = module(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+                x = torch.cat([x, skips.pop()], dim=1) if "block" in name else x
+                x = run(module, x, emb)
 
 
 class EDMPrecond(nn.Module):
@@ -224,39 +238,45 @@ class EDMPrecond(nn.Module):
     Raises ValueError for an unknown type.
     """
     sigma_data = 0.5
+    gradient_checkpointing = False      # True: less memory in training, and a forward pass more
 
     def __init__(self, label_dim=0, **config):
         super().__init__()
         self.label_dim = label_dim
         self.model = UNet(label_dim, **config)
-        self.head = nn.Identity()           # classifier's, before the mean; cifar_distill sets it
 
-    def _prepare(self, x, sigma, labels, augment_labels):
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        if self.label_dim and labels is None:
+    def _run(self, block, x, emb):
+        """A block's output; with checkpointing, what its backward needs is computed again there."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
+
+    def _features(self, x, sigma, c):
+        """-> the encoder's skips, and the embedding of noise level and label."""
+        if self.label_dim and c is None:
             raise ValueError("a class-conditional network needs labels, one-hot (N, label_dim)")
         c_in = (self.sigma_data ** 2 + sigma ** 2).rsqrt()
         c_noise = (sigma.log() / 4).flatten().expand(x.shape[0])
-        return sigma, c_in * x, self.model.embed(c_noise, labels, augment_labels)
+        emb = self.model.embed(c_noise, c)
+        return self.model.encode(c_in * x, emb, self._run), emb
 
-    def forward(self, x, sigma, labels=None, augment_labels=None, return_logits=False):
+    def forward(self, x, sigma, c=None, return_logits=False):
         """Denoise, and on request classify, in one pass.
 
         x: float (N, 3, 32, 32), clean images in [-1, 1] plus noise. sigma: standard deviation of
-        the noise, > 0, a number or (N,). labels: one-hot (N, label_dim) if label_dim.
+        the noise, > 0, a number, (N,) or (N, 1, 1, 1). c: one-hot labels (N, label_dim), which an
+        unconditional network ignores. Raises ValueError where labels are needed and missing.
         Returns D_x float32 (N, 3, 32, 32), and the logits of encode() with return_logits.
         """
-        x = x.float()
-        sigma, c_in_x, emb = self._prepare(x, sigma, labels, augment_labels)
-        skips = self.model.encode(c_in_x, emb)
-        F_x = self.model.decode(skips, emb).float()
-        variance = sigma ** 2 + self.sigma_data ** 2
-        D_x = self.sigma_data ** 2 / variance * x + sigma * self.sigma_data * variance.rsqrt() * F_x
-        return (D_x, self.head(skips[-1]).float().mean(1)) if return_logits else D_x
+        x, sigma = x.float(), per_image(sigma, x)
+        skips, emb = self._features(x, sigma, c)
+        F_x = self.model.decode(skips, emb, self._run).float()
+        c_skip = self.sigma_data ** 2 / (sigma ** 2 + self.sigma_data ** 2)
+        D_x = c_skip * x + c_out(sigma, self.sigma_data) * F_x                      # Eq. (7)
+        return (D_x, skips[-1].float().mean(1)) if return_logits else D_x
 
-    def encode(self, x, sigma, labels=None):
+    def encode(self, x, sigma, c=None):
         """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
-        one per location, the channel mean of head(the encoder's last features). Arguments as
-        forward."""
-        _, c_in_x, emb = self._prepare(x.float(), sigma, labels, None)
-        return self.head(self.model.encode(c_in_x, emb)[-1]).float().mean(1)
+        one per location, the channel mean of the encoder's last features. Arguments as forward."""
+        skips, _ = self._features(x.float(), per_image(sigma, x), c)
+        return skips[-1].float().mean(1)

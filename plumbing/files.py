@@ -41,14 +41,16 @@ def _sweep(folder, name=""):
 @contextlib.contextmanager
 def claim(folder):
     """Make a run's folder, hold it against other runs, and remove what a killed run left in it.
-    Raises ValueError while another process holds it."""
+    Yields the folder. Raises ValueError while another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):            # one that can't be written fails here
+        pass
     fd = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl and not _lock(fd):
             raise ValueError(f"another run is writing to {folder}: choose another --out")
         _sweep(folder)
-        yield
+        yield folder
     finally:
         if fcntl:
             os.close(fd)
@@ -105,6 +107,11 @@ def _bytes(obj):
     return sum(map(_bytes, parts))
 
 
+def cache():
+    """The folder of downloads."""
+    return Path(os.environ.get("DI_BREGMAN_CACHE") or "~/.cache/di-bregman").expanduser()
+
+
 @contextlib.contextmanager
 def reading(path, what):
     """Turn whatever a broken file makes its reader raise into a ValueError that names the file."""
@@ -120,4 +127,5 @@ def reading(path, what):
         reason = f"refused to load {banned[1]}" if banned else lines[0]
         if "weights_only" in reason:                    # torch's advice is to run what the file says
             reason = "it holds more than tensors and plain values"
-        raise ValueError(f"{path}: not {what}: {reason}") from e
+        again = "; delete it to download it again" if cache() in Path(path).parents else ""
+        raise ValueError(f"{path}: not {what}: {reason}{again}") from e

@@ -46,7 +46,7 @@ def whole(value):
     return _number(value, int, lambda v: 0 <= v < 2 ** 31, "a whole number, at least 0")
 
 
-def seed(value):
+def torch_seed(value):
     """A seed of torch's: an integer of 63 bits."""
     return _number(value, int, lambda v: 0 <= v < 2 ** 53, "a whole number from 0 to 2^53")
 
@@ -83,13 +83,16 @@ def text(value):
     return str(path(value)) and str(value)
 
 
-def device(name):
+def torch_device(name):
     """A torch device that is there and computes."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         raise OptionError(f"no device {name!r}: {str(e).splitlines()[0]}") from e
     return str(name)
+
+
+seed, device = torch_seed, torch_device      # XXX alias, to go
 
 
 def choice(names, value):
@@ -142,7 +145,7 @@ class Parser(argparse.ArgumentParser):
     def add(self, name, kind, default, help):
         """An option, with its default in its help."""
         shown = "" if default in (None, "") else f" ({default})"
-        self.add_argument(flag(name), type=kind, default=default,
+        self.add_argument(flag(name), type=reader(kind), default=default,
                           help=help.replace("%", "%%") + shown)
 
     def add_fields(self, config, default=lambda f: f.default):

@@ -105,6 +105,30 @@ class Stop:
         return bool(self.number)
 
 
+def check_finite(when, sigma, **named):
+    """Stop on the first sample of the named values (n, ...) that is not finite, or beyond any use,
+    naming its noise level, of sigma (n, 1, ...)."""
+    for name, values in named.items():
+        size = values.detach().flatten(1).abs().mean(1) if values.ndim > 1 else values.detach()
+        bad = ~(size.abs() < 1e8)
+        if bad.any():
+            i = bad.nonzero()[0].item()
+            raise FloatingPointError(f"{when}: {name} is {size[i].item():g} at sigma = "
+                                     f"{sigma.flatten()[i].item():.4g}; the last checkpoint stays "
+                                     "as it was")
+
+
+def load_generator(generator, state, seed):
+    """Take up a generator's state; that of another kind of device does not fit, and the noise goes
+    on from `seed` instead."""
+    try:
+        generator.set_state(state)
+    except (RuntimeError, TypeError):
+        generator.manual_seed(seed)
+        print(f"the noise goes on anew, from seed {seed}: the run was on another kind of device",
+              file=sys.stderr)
+
+
 # ------------------------------------------------------------------ one process among how many
 
 def world():

@@ -1,0 +1,114 @@
+"""The plane, where the truth is known: teachers that are formulas, and any student's density.
+
+A mixture of Gaussians stays one under noise, so p_sigma and its score are exact at every noise
+level. q_sigma of a student x = G(z) is known to a few hundredths of its logarithm, by cells of the
+latent plane (tests/test_plane.py holds it to brute force).
+"""
+import math
+
+import torch
+
+
+# -------------------------------------------------------------------- the teacher, all of it exact
+
+class Mixture:
+    """weights (K,), means (K, 2), one standard deviation for all. x is (N, 2), sigma (N, 1)."""
+
+    def __init__(self, weights, means, std):
+        self.weights, self.means, self.std = weights, means, std
+
+    def _logits(self, x, sigma):
+        variance = self.std ** 2 + sigma ** 2
+        square = (x[:, None] - self.means).square().sum(2)                          # (N, K)
+        return self.weights.log() - square / (2 * variance) - (2 * math.pi * variance).log()
+
+    def log_p(self, x, sigma):
+        """log p_sigma(x): (N,), finite however far x is."""
+        return self._logits(x, sigma).logsumexp(1)
+
+    def score(self, x, sigma):
+        """grad log p_sigma(x): (N, 2)."""
+        nearby = self._logits(x, sigma).softmax(1) @ self.means
+        return (nearby - x) / (self.std ** 2 + sigma ** 2)
+
+    def __call__(self, x, sigma):
+        """The denoiser D(x; sigma) = E[x0 | x_sigma = x], by Tweedie's formula: (N, 2)."""
+        return x + sigma ** 2 * self.score(x, sigma)
+
+    def sample(self, n, generator):
+        """n clean samples, (n, 2)."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, 2, generator=generator, device=self.means.device)
+        return self.means[k] + self.std * noise
+
+    def tilt(self, a):
+        """p*(x) ~ exp(a x) p(x), Eq. (16): a mixture again."""
+        gain = self.means @ a + self.std ** 2 * a.square().sum() / 2
+        weights = (self.weights.log() + gain).softmax(0)
+        return Mixture(weights, self.means + self.std ** 2 * a, self.std)
+
+    def to(self, device):
+        return Mixture(self.weights.to(device), self.means.to(device), self.std)
+
+
+def _ring(weights):
+    angle = torch.arange(8) * (2 * math.pi / 8)
+    return Mixture(weights, torch.stack([angle.cos(), angle.sin()], 1), 0.05)
+
+
+TARGETS = {
+    "ring8": _ring(torch.full((8,), 1 / 8)),
+    "grid25": Mixture(torch.full((25,), 1 / 25),
+                      torch.cartesian_prod(*2 * [torch.linspace(-1, 1, 5)]), 0.05),
+    "uneven8": _ring(torch.tensor([0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.30])),
+}
+REWARDS = {"linear": torch.tensor([1.5, 0.0])}      # R(x) = exp(a x): Appendix G in closed form
+
+
+# ----------------------------------------------------------------------------- the exact ratio
+
+@torch.no_grad()
+def log_q(G, x_t, sigma, cells=128):
+    """log q_sigma(x_t), (N,), of any student x = G(z), z ~ N(0, I) in the plane.
+
+    The plane of z is cut into cells x cells of equal probability. In one, z has a mean m and, on
+    each axis, a variance v, and G is nearly its tangent: q_sigma is nearly the mean over cells of
+    N(G(m), sigma^2 I + J diag(v) J^T). x_t: (N, 2), sigma: (N, 1). Raises ValueError for a student
+    that does not map the plane to the plane, or for cells below 2 or beyond 2048 (2 GB).
+    """
+    if not 2 <= cells <= 2048:
+        raise ValueError(f"cells must be from 2 to 2048, not {cells}")
+    edge = torch.special.ndtri(torch.linspace(0, 1, cells + 1, dtype=torch.float64))
+    density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
+    m = -cells * density.diff()                                 # moments of a truncated normal, in
+    v = 1 - cells * (edge * density).nan_to_num().diff() - m ** 2   # float64: v is a small difference
+    z, v = torch.cartesian_prod(m, m).to(x_t), torch.cartesian_prod(v, v).to(x_t)
+    along = torch.eye(2).to(x_t)
+    x, J_0 = torch.func.jvp(G, (z,), (along[0].expand_as(z),))                  # both (cells^2, 2)
+    _, J_1 = torch.func.jvp(G, (z,), (along[1].expand_as(z),))
+    if x.shape != z.shape or x_t.shape[1:] != (2,):
+        raise ValueError(f"a student of the plane gives (N, 2), not {tuple(x.shape)}")
+    J_0, J_1 = J_0 * v[:, :1].sqrt(), J_1 * v[:, 1:].sqrt()
+    (xx, yy), xy = (J_0 ** 2 + J_1 ** 2).T, J_0.prod(1) + J_1.prod(1)
+    area = (J_0[:, 0] * J_1[:, 1] - J_0[:, 1] * J_1[:, 0]) ** 2                 # xx yy - xy^2
+    found, rows = [], max(1, 2 ** 22 // cells ** 2)             # 2^22 pairs at a time
+    for some, s in zip(x_t.split(rows), (sigma ** 2).split(rows)):
+        dx, dy = (some[:, None] - x).unbind(2)                                  # (rows, cells^2)
+        det = s * s + s * (xx + yy) + area
+        square = ((s + yy) * dx ** 2 - 2 * xy * dx * dy + (s + xx) * dy ** 2) / det
+        found.append((-square / 2 - det.log() / 2).logsumexp(1))
+    return torch.cat(found) - math.log(2 * math.pi * cells ** 2)
+
+
+# ---------------------------------------------------------------------------------------- samples
+
+@torch.no_grad()
+def mode_statistics(x, target):
+    """Covered modes (at least a quarter of their weight), total variation of the mode weights,
+    and the share of samples within 4 standard deviations of a mode."""
+    distance, k = torch.cdist(x, target.means).min(1)
+    weights = torch.bincount(k, minlength=len(target.means)) / len(x)
+    return dict(modes=len(target.means),
+                modes_covered=int((weights > target.weights / 4).sum()),
+                mode_tv=float((weights - target.weights).abs().sum() / 2),
+                on_mode=float((distance < 4 * target.std).float().mean()))

@@ -1,0 +1,107 @@
+"""A training run in its folder: steps, rows of log.csv, checkpoint.pt, signals, --resume."""
+import contextlib
+import csv
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.files import atomic, claim, save_atomic
+from plumbing.options import same_options
+from plumbing.run import Stop, processes, rank, world
+from plumbing.weights import check_form, read_checkpoint
+
+
+def read_run(path, cfg, free, columns):
+    """The state in a run's checkpoint. Raises ValueError if it is none, or one of a run whose
+    options, but for the free ones, are not those of `cfg`."""
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: no {path}")
+    state = read_checkpoint(path, "a run's checkpoint")
+    check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
+    for row in state["rows"]:
+        check_form({name: 0.0 for name in columns if name in row}, row, f"{path}: rows")
+    same_options(path, state["config"], asdict(cfg), free)
+    return state
+
+
+@contextlib.contextmanager
+def folder(cfg, out, resume, free, columns):
+    """Hold the run's folder and join the other processes; yields the state to go on from, or {}."""
+    path = out / "checkpoint.pt"
+    state = read_run(path, cfg, free, columns) if resume else {}
+    if path.exists() and not resume:
+        raise FileExistsError(f"{path} exists: add --resume to go on, or choose another --out")
+    with claim(out) if rank() == 0 else contextlib.nullcontext(), processes(cfg.device):
+        yield state
+
+
+class Loop:
+    """Steps a trainer until it has seen cfg.kimg thousand images.
+
+    trainer: has seen, step() and state(). evaluate(): draws what it likes and returns a row of
+    log.csv, a dictionary with some of `columns`; it may be left at any point by a signal, so it
+    changes nothing else. Files are written by process 0 alone.
+    """
+
+    def __init__(self, trainer, cfg, out, columns, evaluate, every, state):
+        self.trainer, self.cfg, self.out = trainer, cfg, out
+        self.columns, self.evaluate, self.every = ("kimg", "seconds", *columns), evaluate, every
+        self.rows, self.before = state.get("rows", []), state.get("seconds", 0.0)
+        self.start, self.saved = time.time(), (trainer.seen, len(self.rows))
+        if rank() == 0:
+            self.write_csv()                            # a folder that can't be written fails here
+
+    def seconds(self):
+        return self.before + time.time() - self.start
+
+    def write_csv(self):
+        with atomic(self.out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns)
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in self.rows)
+
+    def add_row(self):
+        if self.rows and round(1e3 * self.rows[-1]["kimg"]) == self.trainer.seen:
+            return                                      # a resumed run has it already
+        row = self.evaluate()
+        self.rows.append({"kimg": self.trainer.seen / 1e3, "seconds": self.seconds()} | row)
+        self.write_csv()
+
+    def save(self):
+        if self.saved != (self.trainer.seen, len(self.rows)):
+            save_atomic(self.trainer.state() | {"rows": self.rows, "seconds": self.seconds()},
+                        self.out / "checkpoint.pt")
+            self.saved = self.trainer.seen, len(self.rows)
+
+    def run(self):
+        """-> 0, or 128 + the number of the signal that stopped it, with the command to go on."""
+        trainer, end, main = self.trainer, 1e3 * self.cfg.kimg, rank() == 0
+
+        def due(every):
+            return trainer.seen % max(1, round(1e3 * every)) < self.cfg.batch or trainer.seen >= end
+
+        bar = tqdm(total=round(end), initial=trainer.seen, unit="img", disable=not main,
+                   smoothing=0.1)
+        with Stop() as stop, bar:
+            while True:
+                if main and due(self.every):
+                    with stop.at_once():                # it takes minutes, and nothing is lost
+                        self.add_row()
+                if trainer.seen >= end or stop.agreed(self.cfg.device):
+                    break
+                trainer.step()
+                bar.update(self.cfg.batch)
+                if main and due(self.cfg.save_every):   # before the evaluation
+                    self.save()
+            if main:
+                self.save()
+        if stop.number and main:
+            launcher = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+            flags = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"]
+            print(f"stopped after {trainer.seen} images; to go on: {launcher} "
+                  f"{Path(sys.argv[0]).name} {shlex.join(flags)}")
+        return stop.number and 128 + stop.number
