@@ -3,24 +3,28 @@
     python bench.py                                     # compact network, a Markdown table
     python bench.py --net uncond-vp --batch 64 256 --amp no bf16        # the paper's, on a GPU
 
-`bound` is the images/s that the passes of a step allow (cifar_distill.py's docstring), from the
-network's own forward and backward times: two forward-and-backward, two forward, and the encoder's
-forward and backward on real images. All times of a row are taken in turns, medians of rounds.
+`bound` is the images/s that the passes of Distiller.step allow, from the network's own times: two
+forward-and-backward (G, the fake network), two forward (the teacher, the fake network for score and
+logits), and the encoder's forward and backward on real images. All times of a row are taken in
+turns, medians of rounds.
 """
+from plumbing.run import run_main, tune_cpu
+
 import resource
 import statistics
 import sys
 import time
+from typing import Literal
 
 import scipy.linalg
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
-from cifar_distill import Config, Distiller, one_step
-from data import Parser, device, positive, run_main, tune_cpu
+from cifar_distill import Config, Distiller
 from edm import sample
 from ncsnpp import CONFIGS, EDMPrecond
+from plumbing.options import Parser, count, torch_device
 
 
 def seconds(f, where):
@@ -53,25 +57,25 @@ def row(name, batch, amp, where, rounds):
     torch.manual_seed(0)
     teacher = EDMPrecond(**CONFIGS[name])
     images = torch.randint(0, 256, (1000, 3, 32, 32), dtype=torch.uint8)
-    d = Distiller(Config(batch=batch, amp=amp, wait_kimg=0, device=where, cond=bool(
-        teacher.label_dim)), teacher, images, torch.arange(1000) % 10)
-    p, = d.draw()
-    x = p.sigma[:, None, None, None] * p.noise
+    d = Distiller(Config(batch=batch, amp=amp, wait_kimg=1e-9, device=where), teacher, images,
+                  torch.arange(1000) % 10)
+    b = d.draw()
+    d.seen, x = 1, b.sigma * b.noise                    # past the time in which G waits
 
     def forward():
         with torch.no_grad(), d.autocast():
-            d.teacher(x, p.sigma, p.c)
+            d.teacher(x, b.sigma, b.c)
 
     def both():
         with d.autocast():
-            d.G(x, p.sigma, p.c).square().mean().backward()
+            d.G(x, b.sigma, b.c).square().mean().backward()
 
     def encoder():
         with d.autocast():
-            d.fake.encode(x, p.sigma, p.c).square().mean().backward()
+            d.fake.encode(x, b.sigma, b.c).square().mean().backward()
 
     t = medians(dict(forward=forward, both=both, encoder=encoder, step=d.step,
-                     student=lambda: one_step(d.ema, batch, batch=batch),
+                     student=lambda: sample(d.ema, batch, sigmas=(2.5, 0.0), batch=batch),
                      teacher=lambda: sample(d.teacher, batch, steps=2, batch=batch)), where, rounds)
     t["teacher"] *= 35 / 3                              # 2 Heun steps are 3 of the 35 evaluations
     with FlopCounterMode(display=False) as flops:
@@ -104,12 +108,12 @@ def frechet_line(d=2048):
 
 def main(argv):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--net", nargs="+", choices=CONFIGS, default=["compact"])
-    parser.add_argument("--batch", nargs="+", type=positive, default=[16, 32, 64])
-    parser.add_argument("--amp", nargs="+", choices=("no", "bf16", "fp16"), default=["no"])
-    parser.add_argument("--device", type=device, default=Config.device)
-    parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--frechet", type=positive, default=2048, help="dimensions")
+    parser.add("net", Literal[tuple(CONFIGS)], ["compact"], "networks", nargs="+")
+    parser.add("batch", count, [16, 32, 64], "images a step", nargs="+")
+    parser.add("amp", Literal["no", "bf16", "fp16"], ["no"], "precisions", nargs="+")
+    parser.add("device", torch_device, Config.device, "cpu, cuda, cuda:1")
+    parser.add("rounds", count, 10, "of which the median is taken")
+    parser.add("frechet", count, 2048, "dimensions of the Frechet distance")
     args = parser.parse_args(argv)
     tune_cpu()
     if args.device.startswith("cuda"):

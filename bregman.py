@@ -30,6 +30,8 @@ Row = namedtuple("Row", "h_text weight_text divergence h log_weight")
 
 def power(log_r, a):
     """(r^a - 1) / a, which is log r at a = 0."""
+    if abs(a) > 0.5:        # there expm1's gradient, torch's 1 + expm1(a log r), would lose r^a
+        return ((a * log_r).exp() - 1) / a
     return torch.expm1(a * log_r) / a if a else log_r
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import bregman
 import fid
 from data import load_images, save_grid, save_images
-from edm import build, edm_loss, half_life_to_beta, karras, load_guided, sample
+from edm import (build, check_labels, edm_loss, half_life_to_beta, karras, load_guided, sample)
 from ncsnpp import c_out
 from plumbing.files import atomic, save_atomic
 from plumbing.loop import Loop, folder
@@ -245,8 +245,6 @@ class Distiller:
         for net in nets[:2]:
             net.requires_grad_(True)
             net.gradient_checkpointing = self.cfg.gradient_checkpointing
-            if net.model.map_augment is not None:               # there are no augmentation labels
-                net.model.map_augment.requires_grad_(False)
         return nets
 
     def draw(self):
@@ -337,29 +335,28 @@ class Judge:
     """Measures samples against the data and, where there is a bank, the teacher's samples."""
 
     def __init__(self, cfg):
-        self.cfg, self.net = cfg, fid.load_net(cfg.features).to(cfg.device)
+        self.net = fid.load_net(cfg.features).to(cfg.device)
         self.name = {"compact": "FD-compact", "inception": "FID"}[cfg.features]
         self.data = fid.measure_source(cfg.reference, self.net)
         bank = beside(cfg.teacher, cfg.bank)
         self.bank = None if bank == "none" else fid.measure_source(bank, self.net)
         self.key = "to_teacher" if self.bank else "to_data"
 
-    def distances(self, images):
-        m = fid.measure(images, self.net)
-        row = {"to_data": fid.frechet(m.mu, m.sigma, self.data.mu, self.data.sigma)}
+    def compare(self, a):
+        """A set that is measured -> its distances, and its variety beside the bank's."""
+        row = {"to_data": fid.frechet(a.mu, a.sigma, self.data.mu, self.data.sigma)}
         if self.bank:
-            row["to_teacher"] = fid.frechet(m.mu, m.sigma, self.bank.mu, self.bank.sigma)
-            row |= fid.precision_recall(*fid.equal(self.bank.features, m.features))
-        return row | {"score": m.score[0]}
+            row["to_teacher"] = fid.frechet(a.mu, a.sigma, self.bank.mu, self.bank.sigma)
+            row |= fid.variety(a, self.bank) or {}
+        return row | {"score": a.score[0]}
 
     def teachers_own(self):
-        """The same for the bank itself: the floor. To the teacher: half against half."""
+        """The bank's distances: the floor. To the teacher: one half's to the other."""
         if not self.bank:
             return {}
-        first, second = self.bank.features[::2], self.bank.features[1::2]
+        (mu1, sigma1), (mu2, sigma2) = map(fid.stats, self.bank.features.tensor_split(2))
         return {"to_data": fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma),
-                "to_teacher": fid.frechet(*fid.stats(first), *fid.stats(second)),
-                **fid.precision_recall(*fid.equal(first, second))}
+                "to_teacher": fid.frechet(mu1, sigma1, mu2, sigma2)}
 
 
 def timed(f):
@@ -371,8 +368,8 @@ def timed(f):
 # ----------------------------------------------------------------------------------------- a run
 
 FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-COLUMNS = ("to_data", "to_teacher", "precision", "recall", "density", "coverage", "score", "ess",
-           "tau", "log_r", "log_r_std", "loss_score", "loss_class", "grad_g", "grad_f")
+COLUMNS = ("to_data", "to_teacher", "precision", "recall", "density", "coverage", "images", "score",
+           "ess", "tau", "log_r", "log_r_std", "loss_score", "loss_class", "grad_g", "grad_f")
 
 
 def shipped(name):
@@ -389,17 +386,16 @@ def load_all(cfg):
     """-> teacher, images, labels. Process 0 comes first, since it may download."""
     if world() > 1 and rank() > 0:
         dist.barrier()
-    teacher = load_guided(shipped(cfg.teacher), shipped(cfg.guide), cfg.w, cfg.guide_low,
+    guide = cfg.guide and shipped(cfg.guide)
+    teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low,
                           cfg.guide_high)
     images, labels = load_images(beside(cfg.teacher, cfg.data))
     if world() > 1 and rank() == 0:
         dist.barrier()
     if tuple(images.shape[1:]) != (3, 32, 32):
         raise ValueError(f"{cfg.data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
-    if teacher.label_dim and labels is None:
-        raise ValueError(f"{cfg.data} has no labels, which {cfg.teacher} needs")
-    if teacher.label_dim and labels.max() >= teacher.label_dim:
-        raise ValueError(f"{cfg.data} has more classes than {cfg.teacher}")
+    if teacher.label_dim:
+        check_labels(labels, len(images), teacher.label_dim, cfg.data)
     return teacher, images, labels
 
 
@@ -414,7 +410,7 @@ def run(cfg, out, resume=False):
 
         def evaluate():
             images = sample(d.ema, cfg.eval_n, sigmas=(cfg.sigma_init, 0.0))
-            row = judge.distances(images)
+            row = judge.compare(fid.measure(images, judge.net))
             save_grid(images[:cfg.preview], out / f"grid_{d.seen:09}.png")
             curve(loop.rows + [row | {"kimg": d.seen / 1e3}], own, judge.name, out / "curve.png")
             return row | d.averages()
@@ -480,7 +476,7 @@ def draw(argv):
     state = read_checkpoint(args.student, "a student of cifar_distill.py")
     check_form({"config": {"sigma_init": 2.5}, "ema": {}}, state, str(args.student), exact=False)
     net = build(state["ema"], args.student).to(args.device)
-    images = sample(net, args.n, seed=args.seed, sigmas=(state["config"]["sigma_init"], 0.0))
+    images = sample(net, args.n, sigmas=(state["config"]["sigma_init"], 0.0), seed=args.seed)
     save = save_images if args.out.suffix in (".npz", ".zip") else save_grid
     save(images, args.out)
     print(f"{args.n} images, one evaluation each: {args.out}")

@@ -6,13 +6,13 @@
 """
 import io
 import json
-import warnings
+import math
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from plumbing.archives import FILE_LIMIT, SET_LIMIT, members
 from plumbing.download import download
@@ -21,9 +21,7 @@ from plumbing.files import atomic, reading
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")        # Pillow reads more, EPS by running a program
 SPLITS = {("train",), ("test",)}
-MAX_PIXELS = 2 ** 26                            # of one image
 MAX_LABEL = 999
 
 
@@ -76,11 +74,12 @@ def _cifar10(path, split):
         for name in names:
             if name not in found:
                 raise ValueError(f"no {name} in it")
-            batches.append(found[name].read())
-            if not batches[-1] or len(batches[-1]) % 3073:
-                raise ValueError(f"{name} has {len(batches[-1])} bytes, not records of 3073")
+            with reading(name, "a batch of CIFAR-10"):
+                batches.append(found[name].read())
+                if not batches[-1] or len(batches[-1]) % 3073:
+                    raise ValueError(f"{len(batches[-1]):,} bytes, not records of 3,073")
     records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]         # (N, 3, 32, 32), (N,)
+    return records[:, 1:].reshape(-1, 3, 32, 32).copy(), records[:, 0]  # (N, 3, 32, 32), (N,)
 
 
 def _arrays(path):
@@ -89,8 +88,8 @@ def _arrays(path):
         stored = {f.name.removesuffix(".npy"): f for f in files if f.name.endswith(".npy")}
         if not stored:
             raise ValueError("no arrays in it")
-        array = stored.get("images", next(iter(stored.values()))).read_array("u", SET_LIMIT)
-        labels = stored["labels"].read_array("iu", FILE_LIMIT) if "labels" in stored else None
+        array = stored.get("images", next(iter(stored.values()))).read_array(SET_LIMIT)
+        labels = stored["labels"].read_array(FILE_LIMIT) if "labels" in stored else None
     if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
         raise ValueError(f"{array.dtype} {array.shape}, not uint8 (N, 3, H, W)")
     if not array.size:
@@ -104,24 +103,24 @@ def _image_files(path, split):
     """The images of a folder or archive, sorted by name. Their labels are those of dataset.json
     (EDM's format), else their folders."""
     with members(path) as files:
-        names, labels = _arrange([f.name for f in files if f.name.lower().endswith(SUFFIXES)], split)
-        place = {name: i for i, name in enumerate(names)}
+        images = [f for f in files if f.name.lower().endswith(SUFFIXES)]
+        names, labels = _arrange([f.name for f in images], split)
         if not names:
             raise ValueError(f"no images to {split} with ({', '.join(SUFFIXES)})")
+        place = {name: i for i, name in enumerate(names)}
         if len(place) < len(names):
             raise ValueError("two images have the same name")
         lists = [f for f in files if PurePosixPath(f.name).name == "dataset.json"]
-        if lists:
-            top = min(lists, key=lambda f: len(f.name))
-            labels = _listed(top, names) or labels
-        images = None
-        for f in files:                     # in the archive's order: a .tar.xz is expanded in it
+        if lists:                           # of several, the one nearest to the top
+            labels = _listed(min(lists, key=lambda f: len(f.name)), names) or labels
+        pixels = None
+        for f in images:                    # in the archive's order, in which a .tar.xz expands
             if f.name in place:
                 with reading(f.name, "a usable image"):
-                    image = _open(f)
-                    images = _room(images, len(names), image.size)
-                    images[place[f.name]] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    return images, labels
+                    image = f.open_image()
+                    pixels = _room(pixels, len(names), image)               # (N, 3, H, W)
+                    pixels[place[f.name]] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    return pixels, labels
 
 
 def _arrange(names, split):
@@ -163,53 +162,39 @@ def _listed(file, names):
     return [labels[name] for name in names]
 
 
-def _open(file):
-    """-> Pillow's image, of which only the header has been read."""
-    try:
-        with warnings.catch_warnings():     # of large images, which are refused below
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
-    except UnidentifiedImageError as e:     # its message is an address in memory
-        raise ValueError(f"none of {', '.join(FORMATS)}") from e
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-    if image.mode[0] in "IF":               # their conversion to RGB would clip
-        raise ValueError("more than 8 bits a channel")
-    return image
-
-
-def _room(images, n, size):
-    """The array for n images of one size, made for the first of them."""
-    width, height = size
-    if images is None:
-        if n * 3 * height * width > SET_LIMIT:
-            raise ValueError(f"{n} of {width} x {height} pixels are more than {SET_LIMIT:,} bytes")
-        images = np.empty((n, 3, height, width), np.uint8)
-    if images.shape[2:] != (height, width):
-        raise ValueError(f"{width} x {height} pixels, but {images.shape[3]} x {images.shape[2]} "
-                         "in the image before: one size only")
-    return images
+def _room(pixels, n, image):
+    """The array for n images, made for the first of them, before its pixels are decoded."""
+    shape = (n, 3, image.height, image.width)
+    if pixels is None:
+        if math.prod(shape) > SET_LIMIT:
+            raise ValueError(f"{n} of {shape[2:]} pixels have more than {SET_LIMIT:,} bytes")
+        return np.empty(shape, np.uint8)
+    if pixels.shape != shape:
+        raise ValueError(f"{shape[2:]} pixels, but the first is {pixels.shape[2:]}: one size only")
+    return pixels
 
 
 def save_images(images, path, labels=None):
     """Write uint8 (N, 3, H, W), and labels (N,) if there are any, as an .npz or, a quarter smaller,
     as a .zip of lossless WebP with a dataset.json; load_images reads both."""
-    path, pixels = Path(path), images.permute(0, 2, 3, 1).cpu().numpy()         # (N, H, W, 3)
-    labels = {} if labels is None else {"labels": _checked(labels, len(images)).numpy()}
+    path, images = Path(path), images.cpu().numpy()
     if path.suffix not in (".npz", ".zip"):
         raise ValueError(f"{path}: a set of images is written as .npz or .zip")
+    if labels is not None:
+        labels = _checked(torch.as_tensor(labels).cpu(), len(images)).numpy()
     with atomic(path) as tmp:
         if path.suffix == ".npz":
-            return np.savez_compressed(tmp, images=images.cpu().numpy(), **labels)
-        names = [f"{i:06}.webp" for i in range(len(pixels))]
+            listed = {} if labels is None else {"labels": labels}
+            return np.savez_compressed(tmp, images=images, **listed)
+        names = [f"{i:06}.webp" for i in range(len(images))]
         with zipfile.ZipFile(tmp, "w") as z:
-            for name, image in zip(names, pixels):
+            for name, image in zip(names, images.transpose(0, 2, 3, 1)):
                 blob = io.BytesIO()
                 Image.fromarray(image).save(blob, "WebP", lossless=True, quality=100, method=6)
                 z.writestr(zipfile.ZipInfo(name), blob.getvalue())              # no time stamp
-            if labels:
-                pairs = [list(pair) for pair in zip(names, labels["labels"].tolist())]
-                z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": pairs}))
+            if labels is not None:
+                listed = {"labels": list(zip(names, labels.tolist()))}
+                z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(listed))
 
 
 def save_grid(images, path, columns=8, scale=3):

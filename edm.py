@@ -8,16 +8,13 @@
     python edm.py sample runs/classes/teacher.pt --guide self --w 2
     python edm.py sample edm-cifar10-32x32-uncond-vp                # NVIDIA's official weights
 """
-import csv
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from plumbing.run import Stop, run_main, tune_cpu
+from plumbing.run import check_finite, load_generator, run_main, tune_cpu
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +23,11 @@ from tqdm import tqdm
 
 from data import download, load_images, save_grid, save_images
 from ncsnpp import CONFIGS, EDMPrecond, c_out, per_image
-from plumbing import options
-from plumbing.files import atomic, claim, reading, save_atomic
-from plumbing.options import (Parser, count, nonnegative, positive, real, same_options, share, text,
-                              validate, whole)
-from plumbing.weights import check_form, check_optimizer, read_checkpoint, read_weights
+from plumbing.files import reading, save_atomic
+from plumbing.loop import Loop, folder
+from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
+                              torch_device, torch_seed, validate, whole)
+from plumbing.weights import check_form, check_optimizer, check_weights, read_weights
 
 IMAGE = (3, 32, 32)
 
@@ -104,13 +101,13 @@ def check_labels(labels, n, label_dim, source):
                          f"knows 0 to {label_dim - 1}")
 
 
-def sample(net, n, sigmas=tuple(grid(18)), seed=0, batch=64, labels=None, progress=False):
+def sample(net, n, steps=18, sigmas=None, seed=0, batch=64, labels=None, progress=False):
     """n samples of a denoiser, uint8 (n, 3, 32, 32) on the CPU.
 
-    sigmas: heun's: grid(18) for a teacher, (2.5, 0.0) for a one-step student. The noise is one
-    stream on the CPU: neither batch size nor device changes what is drawn. labels: int64 (n,);
-    where a class-conditional network gets none, the classes take turns. Raises ValueError for
-    labels that the network does not know.
+    sigmas: heun's noise levels, (2.5, 0) for a one-step student; None for a teacher's grid(steps).
+    The noise is one stream on the CPU: neither batch size nor device changes what is drawn.
+    labels: int64 (n,); where a class-conditional network gets none, the classes take turns. Raises
+    ValueError for labels that the network does not know.
     """
     device = next(net.parameters()).device
     generator, images, c = torch.Generator().manual_seed(seed), [], None
@@ -122,7 +119,7 @@ def sample(net, n, sigmas=tuple(grid(18)), seed=0, batch=64, labels=None, progre
     for start in tqdm(range(0, n, batch), disable=not progress, unit="batch"):
         z = torch.randn(min(batch, n - start), *IMAGE, generator=generator).to(device)
         part = None if c is None else c[start:start + batch]
-        images.append(to_uint8(heun(net, z, sigmas, part)).cpu())
+        images.append(to_uint8(heun(net, z, sigmas or grid(steps), part)).cpu())
     return torch.cat(images)
 
 
@@ -167,23 +164,25 @@ class Guided(nn.Module):
 
 # -------------------------------------------------------------------------------------- loading
 
-def build(state, path="the checkpoint"):
+def build(state, name="the checkpoint"):
     """The network whose names and shapes are those of `state`, with its weights, in eval mode.
-    Raises ValueError, naming the first difference to the nearest configuration, if none is."""
+    Raises ValueError, naming the file `name`, if its tensors are none of finite numbers, and the
+    first difference to the nearest configuration, if none fits."""
+    state = check_weights(state, name)
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     nearest = None
-    for name, config in CONFIGS.items():
+    for config, kwargs in CONFIGS.items():
         with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in EDMPrecond(**config).state_dict().items()}
+            expected = {k: tuple(v.shape) for k, v in EDMPrecond(**kwargs).state_dict().items()}
         wrong = [k for k in sorted(expected | shapes) if expected.get(k) != shapes.get(k)]
         if not wrong:
-            net = EDMPrecond(**config)
+            net = EDMPrecond(**kwargs)
             net.load_state_dict(state)
             return net.eval().requires_grad_(False)
         if nearest is None or len(wrong) < nearest[0]:
             k = wrong[0]
-            nearest = len(wrong), f"{name}, in which {k} is {expected.get(k)}, not {shapes.get(k)}"
-    raise ValueError(f"{path}: no known configuration has these tensors; nearest is {nearest[1]}")
+            nearest = len(wrong), f"{config}, in which {k} is {expected.get(k)}, not {shapes.get(k)}"
+    raise ValueError(f"{name}: no known configuration has these tensors; nearest is {nearest[1]}")
 
 
 def load_teacher(source):
@@ -204,15 +203,14 @@ def load_teacher(source):
 
 
 def load_guided(teacher, guide, w, low=0.0, high=math.inf):
-    """-> Guided(teacher, ...), or the teacher alone for an empty `guide`.
+    """-> Guided, or the teacher alone for an empty `guide`, on the CPU.
 
-    guide: "self", or what load_teacher takes. Raises ValueError or OSError.
+    teacher: what load_teacher takes. guide: the same, or "self". Raises ValueError or OSError.
     """
+    teacher = load_teacher(teacher)
     if not guide:
         return teacher
-    device = next(teacher.parameters()).device
-    weak = None if guide == "self" else load_teacher(guide).to(device)
-    return Guided(teacher, weak, w, low, high)
+    return Guided(teacher, None if guide == "self" else load_teacher(guide), w, low, high)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -233,8 +231,8 @@ class TrainConfig:
     p_mean: real = -1.2         # ln sigma is normal with this mean
     p_std: positive = 1.2       # and this standard deviation
     label_dropout: share = 0.0  # share of the labels left out, for guidance by itself: 0.1, say
-    seed: options.seed = 0              # of the first weights and all random numbers
-    device: options.device = "cuda" if torch.cuda.is_available() else "cpu"     # what computes
+    seed: torch_seed = 0              # of the first weights and all random numbers
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # what computes
     amp: Literal["no", "bf16"] = "no"   # bf16 for autocast
     save_every: positive = 20.0 # thousands of images between checkpoints
     preview: whole = 64         # samples in samples.png at each of them, 0 for none
@@ -274,7 +272,7 @@ class Trainer:
             self.labels = labels.to(cfg.device)
         self.opt = torch.optim.Adam(self.net.parameters(), betas=(0.9, 0.99), fused=True)
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        self.seen, self.loss, self.seconds, self.rows = 0, math.nan, 0.0, []
+        self.seen, self.loss = 0, math.nan
 
     def start_from(self, source):
         """Take the weights of another teacher. Raises ValueError or OSError."""
@@ -310,17 +308,15 @@ class Trainer:
         return cfg.lr * rate
 
     def step(self):
-        """Learn from one batch. Returns its loss; raises FloatingPointError if that isn't finite."""
+        """Learn from a batch. Returns its loss; raises FloatingPointError if that is not finite."""
         cfg = self.cfg
+        torch.manual_seed(cfg.seed + self.seen)         # dropout's: the same in a resumed run
         x0, sigma, noise, c = self.batch()
         with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.amp == "bf16"):
             D_x = self.net(x0 + sigma * noise, sigma, c)
         losses = edm_loss(D_x, x0, sigma, self.net.sigma_data)              # (n,)
+        check_finite(f"after {self.seen} images", sigma, loss=losses)
         loss = losses.mean()
-        if not loss.isfinite():
-            worst = sigma.flatten()[losses.nan_to_num(torch.inf).argmax()]
-            raise FloatingPointError(f"loss is {loss.item()} after {self.seen} images, "
-                                     f"worst at sigma = {worst.item():.4g}")
         for group in self.opt.param_groups:
             group["lr"] = self.rate()
         self.opt.zero_grad()
@@ -336,117 +332,56 @@ class Trainer:
         return loss
 
     def state(self):
-        """What a run is, of tensors and plain values."""
-        on_cuda = torch.device(self.cfg.device).type == "cuda"
-        return {"config": asdict(self.cfg), "net": self.net.state_dict(),
-                "ema": self.ema.state_dict(), "opt": self.opt.state_dict(),
-                "generator": self.generator.get_state(),
-                "torch": (torch.cuda.get_rng_state(self.cfg.device) if on_cuda      # dropout's
-                          else torch.get_rng_state()),
-                "seen": self.seen, "loss": self.loss, "seconds": self.seconds, "rows": self.rows}
+        """All that a resumed run needs, of tensors and plain values."""
+        return {"config": asdict(self.cfg), "seen": self.seen, "loss": self.loss,
+                "generator": self.generator.get_state(), "net": self.net.state_dict(),
+                "ema": self.ema.state_dict(), "opt": self.opt.state_dict()}
 
-    def load(self, state):
-        """Go on from state(). Raises ValueError, naming what isn't as state() gives it."""
-        kind = torch.device(self.cfg.device).type
-        moved = torch.device(state["config"]["device"]).type != kind
-        free = ("config", "opt", "rows") + (("generator", "torch") if moved else ())
-        check_form(self.state() | {k: state.get(k) for k in free}, state, "state")
-        check_optimizer(self.opt, state["opt"], "opt")
-        check_form([[0.0, 0.0, 0.0]] * len(state["rows"]), state["rows"], "rows")
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.opt.load_state_dict(state["opt"])
-        self.seen, self.loss, self.seconds = state["seen"], state["loss"], state["seconds"]
-        self.rows = state["rows"]
-        if moved:
-            self.generator.manual_seed(self.cfg.seed + self.seen)
-            torch.manual_seed(self.cfg.seed + self.seen)
-            print(f"the run was on another kind of device than {self.cfg.device}: from here on its "
-                  f"random numbers are those of seed {self.cfg.seed + self.seen}")
-        else:
-            self.generator.set_state(state["generator"])
-            if kind == "cuda":
-                torch.cuda.set_rng_state(state["torch"], self.cfg.device)
-            else:
-                torch.set_rng_state(state["torch"])
-
-
-def write_log(rows, path):
-    with atomic(path) as tmp, open(tmp, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["kimg", "seconds", "loss"])
-        writer.writerows([f"{kimg:.10g}", f"{seconds:.0f}", f"{loss:.5f}"]
-                         for kimg, seconds, loss in rows)
-
-
-def save(trainer, out, stop):
-    """Write what a run leaves; first the checkpoint, from which a resumed run can make the rest."""
-    row = [trainer.seen / 1e3, trainer.seconds, trainer.loss]
-    if not trainer.rows or trainer.rows[-1][0] < row[0]:
-        trainer.rows.append(row)
-    state = trainer.state()
-    save_atomic(state, out / "checkpoint.pt")
-    save_atomic({k: state[k] for k in ("config", "seen", "ema")}, out / "teacher.pt")
-    write_log(trainer.rows, out / "log.csv")
-    if trainer.cfg.preview and not stop.number:
-        with stop.at_once():
-            save_grid(sample(trainer.ema, trainer.cfg.preview), out / "samples.png")
-
-
-def run(trainer, out, stop):
-    """Step until the run's end or a signal, and save now and then."""
-    cfg, start, saved = trainer.cfg, time.monotonic() - trainer.seconds, None
-    end, every = 1e3 * cfg.kimg, 1e3 * cfg.save_every
-    with tqdm(total=end, initial=trainer.seen, unit="img", unit_scale=True) as bar:
-        while trainer.seen < end and not stop.number:
-            trainer.step()
-            trainer.seconds = time.monotonic() - start
-            bar.update(cfg.batch)
-            bar.set_postfix(loss=f"{trainer.loss:.4f}")
-            if trainer.seen // every > (trainer.seen - cfg.batch) // every:
-                save(trainer, out, stop)
-                saved = trainer.seen
-    if saved != trainer.seen:
-        save(trainer, out, stop)
+    def load(self, state, name):
+        """Take up a state(), checked against this one. Raises ValueError, naming the place in the
+        file `name`, for anything of another form."""
+        state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}    # the loop's
+        elsewhere = {k: state.get(k) for k in ("config", "generator", "opt")}   # checked elsewhere
+        check_form(self.state() | elsewhere, state, f"{name}: state")
+        check_optimizer(self.opt, state["opt"], f"{name}: opt")
+        for key in ("net", "ema", "opt"):
+            getattr(self, key).load_state_dict(state[key])
+        self.seen, self.loss = state["seen"], state["loss"]
+        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen)
 
 
 def train(cfg, out, resume=False):
-    """Train until cfg.kimg. As it goes it writes, to the folder `out`, checkpoint.pt (all that
-    --resume needs), teacher.pt (the averaged weights alone), log.csv and samples.png.
+    """Train until cfg.kimg, in the folder `out`: checkpoint.pt (all that --resume needs), log.csv
+    and samples.png as it goes, and teacher.pt (the averaged weights alone) when it ends.
 
     SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
     ValueError, OSError, or FloatingPointError for a loss that is not finite.
     """
-    path, what = out / "checkpoint.pt", "a checkpoint of edm.py train"
-    if path.exists() and not resume:
-        raise ValueError(f"{path} holds a run already: add --resume, or take another --out")
-    if resume and not path.is_file():
-        raise FileNotFoundError(f"no run to resume: {path} is missing")
-    images, labels = load_images(cfg.data)
-    with claim(out), Stop() as stop:
-        trainer = Trainer(cfg, images, labels)
+    with folder(cfg, out, resume, FREE, ["loss"]) as state:
+        trainer = Trainer(cfg, *load_images(cfg.data))
         if resume:
-            state = read_checkpoint(path, what)
-            same_options(path, state["config"], asdict(cfg), FREE)
-            with reading(path, what):
-                trainer.load(state)
+            trainer.load(state, str(out / "checkpoint.pt"))
         elif cfg.init:
             trainer.start_from(cfg.init)
-        write_log(trainer.rows, out / "log.csv")    # a folder that can't be written fails here
-        run(trainer, out, stop)
-    if stop.number:
-        command = ["python", *sys.argv, *([] if resume else ["--resume"])]
-        print(f"stopped after {trainer.seen} images; to go on: {shlex.join(command)}")
-        return 128 + stop.number
-    print(f"{trainer.seen} images, loss {trainer.loss:.4f}, {trainer.seconds:.0f} s: {path}")
-    return 0
+
+        def evaluate():
+            if not trainer.seen:
+                return {}
+            if cfg.preview:
+                save_grid(sample(trainer.ema, cfg.preview), out / "samples.png")
+            return {"loss": trainer.loss}
+
+        status = Loop(trainer, cfg, out, ["loss"], evaluate, cfg.save_every, state).run()
+        save_atomic({k: trainer.state()[k] for k in ("config", "seen", "ema")}, out / "teacher.pt")
+    print(f"{trainer.seen} images, loss {trainer.loss:.4f}: {out / 'teacher.pt'}")
+    return status
 
 
 def parse(argv):
     parser = Parser(prog="edm.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="train a teacher")
-    p.add_argument("--out", type=options.path, required=True, help="the run's folder")
+    p.add_argument("--out", type=path, required=True, help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_fields(TrainConfig)
     p = commands.add_parser("sample", help="draw images from a teacher")
@@ -457,10 +392,10 @@ def parse(argv):
     p.add("w", real, 2.0, "the guidance: 1 is none")
     p.add("guide_low", nonnegative, 0.0, "the lowest noise level that is guided")
     p.add("guide_high", nonnegative, math.inf, "and the highest")
-    p.add("seed", options.seed, 0, "of the noise")
+    p.add("seed", torch_seed, 0, "of the noise")
     p.add("batch", count, 64, "images at a time")
-    p.add("device", options.device, TrainConfig.device, "what computes")
-    p.add("out", options.path, "samples.png", ".npz or .zip, else a grid as PNG")
+    p.add("device", torch_device, TrainConfig.device, "what computes")
+    p.add("out", path, "samples.png", ".npz or .zip, else a grid as PNG")
     return parser.parse_args(argv)
 
 
@@ -471,10 +406,10 @@ def main(argv):
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
         return train(cfg, args.out, args.resume)
 
-    start, net = time.monotonic(), load_teacher(args.checkpoint).to(args.device)
-    net = load_guided(net, args.guide, args.w, args.guide_low, args.guide_high)
+    net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
+    net, start = net.to(args.device), time.monotonic()
     labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
-    images = sample(net, args.n, grid(args.steps), args.seed, args.batch, labels, progress=True)
+    images = sample(net, args.n, args.steps, None, args.seed, args.batch, labels, progress=True)
     if args.out.suffix in (".npz", ".zip"):
         save_images(images, args.out, labels)
     else:

@@ -6,12 +6,13 @@ Score (Salimans et al. 2016, arXiv 1606.03498), precision and recall.
     python fid.py samples.npz cifar10-32x32.npz --features inception --resize tf    # as EDM, SiD
     python fid.py train --data cifar10                          # the classifier behind FD-compact
 
-    python fid.py pretrained/compact_teacher_samples.zip        # FD-compact 4.42
+    python fid.py pretrained/compact_teacher_samples.zip        # FD-compact 4.42, IS-compact 3.29
 
 A set is a folder, .zip or .tar of images, an .npy or .npz of uint8 images, `cifar10`, or an .npz
-of what was measured before: of --save's, or of statistics alone (mu, sigma; EDM's fid-refs).
-FD-compact is the same distance in the features of a small CIFAR-10 classifier that comes with this
-project (pretrained/): it needs no download, and its numbers are not FIDs nor comparable with any.
+of what was measured before: features (--save writes them), or statistics alone (mu, sigma; EDM's
+fid-refs), which have no precision and recall. FD-compact is the same distance in the features of a
+small CIFAR-10 classifier that comes with this project (pretrained/): it needs no download, and its
+numbers are not FIDs nor comparable with any.
 """
 import json
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ def precision_recall(real, generated, k=3, k_coverage=5):
     precise, pairs, recalled, covered = 0, 0, False, False
     for rows, square in distances(generated, real):             # (rows, N)
         precise += (square <= ball).any(1).sum().item()
-        recalled |= (square <= ball_generated[rows]).any(0)                       # (N,)
+        recalled |= (square <= ball_generated[rows]).any(0)                             # (N,)
         inside = square <= ball_coverage
         pairs += inside.sum().item()
         covered |= inside.any(0)                                                        # (N,)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import bregman
-from bregman import NAMES, batch_weights, get
+from bregman import NAMES, batch_weights, get, split, which_way
 
 F64 = torch.float64
 LAMS = (-10, -2.5, -1, -0.5, 0, 0.5, 1, 3, 5, 10)
-EVERY = [(n, 1.0) for n in NAMES if n != "sba"] + [("sba", lam) for lam in LAMS]
+ROWS = [n for n in NAMES if n not in ("sba", "rkl", "fkl", "js")]       # a row of its own each
+EVERY = [(n, 1.0) for n in ROWS] + [("sba", lam) for lam in LAMS]
 every = pytest.mark.parametrize("name, lam", EVERY)
 close = torch.testing.assert_close
 
@@ -70,6 +71,26 @@ def test_limits_of_sba(lam, name):
         near = get("sba", lam + eps)
         close(near.weight(log_r), get(name).weight(log_r), rtol=1e-4, atol=0)
         close(near.divergence(r), get(name).divergence(r), rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("lam, truth", [(0, 2 * math.log(2) - 1), (-1, 1 - math.log(2))])
+@pytest.mark.parametrize("eps", [1e-6, -1e-6, 1e-4, -1e-4])
+def test_sba_near_its_limits_in_float32(lam, eps, truth):
+    """Table 1's h divides a difference by lam (lam + 1): float32 left nothing of D_h(2 || 1)."""
+    got = get("sba", lam + eps).divergence(torch.tensor(2.0))
+    close(got.item(), truth, rtol=1e-4 if abs(eps) == 1e-4 else 3e-6, atol=0)
+
+
+def test_both_forms_of_sbas_h_have_one_divergence():
+    r = torch.logspace(-2, 2, 41, dtype=F64)
+    close(get("sba", -0.5).divergence(r), get("sba", -0.5 - 1e-12).divergence(r))
+
+
+def test_f_distills_names_are_rows_of_table_1():
+    r = torch.logspace(-2, 2, 41, dtype=F64)
+    for alias, name in (("rkl", "kl"), ("fkl", "be"), ("js", "lr")):
+        close(get(alias).weight(r.log()), get(name).weight(r.log()))
+        close(get(alias).divergence(r), get(name).divergence(r))
 
 
 def test_sba_at_minus_half_is_squared_hellinger():
@@ -130,7 +151,7 @@ def test_f_distills_published_table(name, weight):
 
 GRID = torch.linspace(-25, 25, 2001, dtype=F64)
 DX = GRID[1] - GRID[0]
-NOISE = (0.0, 0.5, 2.0)
+NOISE = (0.0, 0.8)
 
 
 def log_normal(x, mean, variance):
@@ -191,31 +212,31 @@ def expectation(field, mean, scale, sigma):
 
 
 # h for which the integrals converge with this pair: r^6 p decays, as the student is the narrower
-QUADRATURE = [(n, 1.0) for n in NAMES if n != "sba"] + [("sba", v) for v in (-1, -0.5, 0.5, 3, 5)]
+CONVERGE = [(n, 1.0) for n in ROWS] + [("sba", v) for v in (-1, -0.5, 0.5, 3, 5)]
+quadrature = pytest.mark.parametrize("name, lam", CONVERGE)
+noise_levels = pytest.mark.parametrize("sigma", NOISE)
 MEAN, SCALE = torch.tensor(0.3, dtype=F64), torch.tensor(0.65, dtype=F64)
+
+
+def log_r(x, sigma):
+    return log_q(x, MEAN, SCALE, sigma) - log_p(x, sigma)
 
 
 def eq_4(b, sigma):
     def field(x):
-        log_r = log_q(x, MEAN, SCALE, sigma) - log_p(x, sigma)
         score_p = slope(lambda x: log_p(x, sigma), x)
         score_q = slope(lambda x: log_q(x, MEAN, SCALE, sigma), x)
-        return -b.weight(log_r) * (score_p - score_q)                               # Eq. (4)
+        return -b.weight(log_r(x, sigma)) * (score_p - score_q)                     # Eq. (4)
     return expectation(field, MEAN, SCALE, sigma)
 
 
-@pytest.mark.parametrize("sigma", NOISE)
-@pytest.mark.parametrize("name, lam", QUADRATURE)
-def test_theorem_3_1(name, lam, sigma):
+@noise_levels
+@quadrature
+def test_theorem_3_1_and_erratum_eq_35(name, lam, sigma):
+    """Eq. (4) is right. In Eq. (35) the reward term adds to the gradient: its sign is wrong."""
     b = get(name, lam)
-    close(eq_4(b, sigma), numeric_gradient(b, MEAN, SCALE, sigma), rtol=1e-6, atol=1e-12)
-
-
-@pytest.mark.parametrize("sigma", NOISE)
-@pytest.mark.parametrize("name, lam", QUADRATURE)
-def test_erratum_eq_35(name, lam, sigma):
-    """The reward term adds to the gradient; the printed sign is wrong."""
-    b = get(name, lam)
+    without = eq_4(b, sigma)
+    close(without, numeric_gradient(b, MEAN, SCALE, sigma), rtol=1e-6, atol=1e-12)
 
     def reward(x):
         log_star = log_r_star(x, sigma)         # h''(r*) grad r* = h''(r*) r* grad log r*
@@ -223,32 +244,29 @@ def test_erratum_eq_35(name, lam, sigma):
 
     term = expectation(reward, MEAN, SCALE, sigma)
     numeric = numeric_gradient(b, MEAN, SCALE, sigma, log_r_star)
-    close(eq_4(b, sigma) - term, numeric, rtol=1e-6, atol=1e-12)                    # corrected
-    printed = eq_4(b, sigma) + term
-    assert (printed - numeric).norm() > 0.1 * numeric.norm()
+    close(without - term, numeric, rtol=1e-6, atol=1e-12)                           # corrected
+    assert (without + term - numeric).norm() > 0.1 * numeric.norm()                 # as printed
 
 
-@pytest.mark.parametrize("name, lam", QUADRATURE)
+@quadrature
 def test_erratum_normaliser(name, lam):
     """Appendix G says that Z_0 doesn't matter. It does: only KL's gradient ignores it."""
     b = get(name, lam)
     right = numeric_gradient(b, MEAN, SCALE, 0.5, log_r_star)
     unnormalised = numeric_gradient(b, MEAN, SCALE, 0.5, lambda x, s: log_r_star(x, s) + 1)
     same = (right - unnormalised).norm() < 1e-9 * right.norm()
-    assert same == (name in ("kl", "rkl"))
+    assert same == (name == "kl")
 
 
-@pytest.mark.parametrize("sigma", NOISE)
-@pytest.mark.parametrize("name, lam", QUADRATURE)
+@noise_levels
+@quadrature
 def test_erratum_eq_37(name, lam, sigma):
     """Without a teacher the gradient is +E[h''(r) grad_x r dG]; the printed minus is wrong."""
     b = get(name, lam)
 
     def field(x):
-        def log_r(x):
-            return log_q(x, MEAN, SCALE, sigma) - log_p(x, sigma)
-        r = log_r(x).exp()
-        return b.weight(log_r(x)) / r * slope(lambda x: log_r(x).exp(), x)          # h''(r) grad r
+        r = log_r(x, sigma).exp()
+        return b.weight(r.log()) / r * slope(lambda x: log_r(x, sigma).exp(), x)    # h''(r) grad r
 
     numeric = numeric_gradient(b, MEAN, SCALE, sigma)
     corrected = expectation(field, MEAN, SCALE, sigma)
@@ -266,9 +284,8 @@ def test_finite_and_right_in_log_space(name, lam, dtype):
     b, x = get(name, lam), log_r.double()
     true = {"lr": -torch.log1p(x.exp()), "kl": 0 * x, "be": -x, "ls": x, "sba": lam * x,
             "srkl": -torch.log1p((-x).exp()), "hellinger": -x / 2 - math.log(4),
-            "jeffreys": torch.log1p((-x).exp())}
-    true |= {"js": true["lr"], "rkl": true["kl"], "fkl": true["be"]}
-    true, got = true[name], b.log_weight(log_r)
+            "jeffreys": torch.log1p((-x).exp())}[name]
+    got = b.log_weight(log_r)
     assert got.dtype == dtype and got.isfinite().all()
     # tolerances: a few roundings of the dtype, in a log weight of size up to 800
     close(got.double(), true, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
@@ -285,63 +302,137 @@ def test_any_shape():
         assert get("sba", 5).weight(log_r).shape == get("lr").log_weight(log_r).shape == shape
 
 
+def test_names_in_any_case_and_the_errors():
+    assert get("SBA", 5).lam == 5 and get("Kl").name == "kl"
+    with pytest.raises(ValueError, match="'reverse', not one of lr kl be ls sba"):
+        get("reverse")
+    for lam in (math.nan, math.inf, -math.inf, 50.001, -51):
+        with pytest.raises(ValueError, match="lam must be a number from -50 to 50"):
+            get("sba", lam)
+
+
 def test_batch_weights_have_mean_one_and_survive_any_scale():
     log_w = torch.tensor([[0.0, 1.0], [-2.0, 3.0]])
-    w, ess = batch_weights(log_w)
+    w, ess, tau = batch_weights(log_w)
     close(w, log_w.exp() / log_w.exp().mean())
     close(ess, w.mean() ** 2 / w.square().mean())
+    assert tau == 1
     for shift in (-1e3, 1e3):                               # exp alone would give 0 or inf
         close(batch_weights(log_w + shift)[0], w)
     assert batch_weights(torch.zeros(8))[1] == 1
     close(batch_weights(torch.tensor([0.0, 0, 0, 500]))[1], torch.tensor(0.25))
 
 
-def test_names_in_any_case_and_the_errors():
-    assert get("SBA", 5).lam == 5 and get("Kl").name == "kl"
-    with pytest.raises(ValueError, match="lr kl be ls sba"):
-        get("reverse")
-    for lam in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match="finite"):
-            get("sba", lam)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 50.0])
+def test_ess_is_the_least_effective_sample_size(spread):
+    log_w = spread * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    w, ess, tau = batch_weights(log_w, ess=0.5)
+    by_hand = (tau * log_w).double().exp()
+    close(w.double(), by_hand / by_hand.mean(), rtol=1e-4, atol=0)
+    close(ess.double(), by_hand.mean() ** 2 / by_hand.square().mean(), rtol=1e-4, atol=0)
+    assert ess >= 0.5 and 0 <= tau <= 1
+    if spread < 1:                              # nothing to do
+        assert tau == 1
+        close(w, batch_weights(log_w)[0])
+    else:                                       # the next step of tau would be too far
+        assert tau < 1 and batch_weights((tau + 0.011) * log_w)[1] < 0.5
 
 
-def run(*args, cwd):
-    return subprocess.run([sys.executable, Path(bregman.__file__), *args], cwd=cwd,
-                          capture_output=True, text=True)
-
-
-def test_command_line(tmp_path):
-    done = run(cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "figures/weights.png").read_bytes().startswith(b"\x89PNG")
-    table = {line.split()[0]: line for line in done.stdout.splitlines() if line}
-    assert set(NAMES) <= set(table)
-    assert table["sba"].split()[-6:-3] == ["0.0312", "1", "32"]     # lam = 5 at r = 0.5, 1, 2
-
-
-def test_command_line_errors(tmp_path):
-    (tmp_path / "file").touch()
-    for args in (["--out", "file/weights.png"], ["--out", "weights.docx"], ["--nonsense"]):
-        done = run(*args, cwd=tmp_path)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        assert done.stderr.strip().splitlines()[-1].startswith("bregman.py")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_temper_holds_the_effective_sample_size():
-    g = torch.Generator().manual_seed(0)
-    for spread in (0.1, 1.0, 5.0, 50.0):
-        log_w = spread * torch.randn(64, generator=g)
-        tau = bregman.temper(log_w, 0.5)
-        ess = bregman.batch_weights(tau * log_w)[1]
-        assert ess >= 0.5 and 0 <= tau <= 1
-        if tau < 1:                                     # the next step of tau would be too far
-            assert bregman.batch_weights((tau + 0.011) * log_w)[1] < 0.5
-    assert bregman.temper(torch.zeros(64), 1.0) == 1    # KL's weights are equal: nothing to do
+def test_ess_of_one_makes_all_weights_equal_and_leaves_kl_alone():
+    w, ess, tau = batch_weights(torch.tensor([0.0, 30.0, -30.0]), ess=1.0)
+    close(w, torch.ones(3))
+    assert batch_weights(torch.zeros(64), ess=1.0)[2] == 1
 
 
 def test_two_stage_makes_the_mean_ratio_one_in_every_bin():
     log_r = torch.linspace(-2, 2, 40)
     u = (-bregman.two_stage(log_r, bins=4)).exp()
     close(u.view(4, 10).mean(1), torch.ones(4))
-    assert bregman.two_stage(torch.tensor([-50.0, 50.0]), bins=1).diff() < math.log(20 / 0.1) + 1e-4
+    # u is kept in [0.1, 20], then both are divided by the mean, 10.05
+    far = bregman.two_stage(torch.tensor([-50.0, 50.0]), bins=1)
+    close(far, (10.05 / torch.tensor([20, 0.1])).log())
+
+
+# ------------------------------------------------------------ which samples, which noise levels
+
+def test_split_is_exact_and_constant_within_a_level():
+    log_w = 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    level, sample = split(log_w, torch.zeros(16), rate=1)
+    close(level + sample, log_w)
+    assert (level.view(16, 4) == level.view(16, 4)[:, :1]).all()
+    close(level.view(16, 4)[:, 0].exp(), log_w.exp().view(16, 4).mean(1))
+    close(sample.view(16, 4).exp().mean(1), torch.ones(16))         # rate 1: this batch's mean
+
+
+def test_split_keeps_the_running_mean_of_w():
+    """E[w] by its recursion in float64, over batches whose weights differ by e^500."""
+    g = torch.Generator().manual_seed(0)
+    log_mean, mean = torch.zeros(5), torch.zeros(5, dtype=F64)
+    for step in range(60):
+        rate = max(0.1, 1 / (1 + step))
+        log_w = torch.empty(43).uniform_(-250, 250, generator=g)    # 43: the bins differ in size
+        level, sample = split(log_w, log_mean, rate)
+        now = torch.stack([w.mean() for w in log_w.double().exp().tensor_split(5)])
+        mean = (1 - rate) * mean + rate * now
+        assert level.isfinite().all() and sample.isfinite().all()
+        close(log_mean.double(), mean.log(), rtol=1e-6, atol=1e-4)
+        close(level + sample, log_w, rtol=1e-6, atol=1e-4)
+    close(level, torch.cat([m.expand(n) for m, n in zip(log_mean, (9, 9, 9, 8, 8))]))
+
+
+def test_split_leaves_a_mean_of_one_in_the_long_run():
+    g, log_mean, total = torch.Generator().manual_seed(0), torch.zeros(4), torch.zeros(4)
+    centre = torch.tensor([-2.0, 0.0, 1.0, 3.0]).repeat_interleave(16)
+    for step in range(600):
+        log_w = centre + 0.5 * torch.randn(64, generator=g)
+        _, sample = split(log_w, log_mean, max(0.02, 1 / (1 + step)))
+        total += sample.exp().view(4, 16).mean(1) / 500 * (step >= 100)
+    close(total, torch.ones(4), rtol=0, atol=0.03)      # 3 standard errors of the running mean
+
+
+@pytest.mark.parametrize("reader, verdict", [
+    (lambda l: -l, "right"),
+    (lambda l: (1 / l.sigmoid() - 1).log(), "right"),               # (1 - D) / D
+    (lambda l: (-l).tolist(), "right"),
+    (lambda l: l, "upside down"),
+    (lambda l: l.sigmoid().logit(), "upside down"),
+    (lambda l: 0.3 - l, "biased: off by up to 0.3"),
+    (lambda l: -l.clamp(-1, 1), "biased: off by up to 2.5"),
+    (lambda l: -2 * l, "biased: off by up to 3.5"),
+    (lambda l: (-l).exp(), "biased"),                               # r, not log r
+    (lambda l: l - l.max() + l.min(), "biased"),
+    (lambda l: l / 0, "biased: off by up to"),
+    (lambda l: -l.mean(), "biased: () for 71 samples, not one number each"),
+    (lambda l: -l[:, None], "biased: (71, 1) for 71 samples")])
+def test_which_way(reader, verdict):
+    assert which_way(reader).startswith(verdict)
+
+
+# --------------------------------------------------------------------------------- command line
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bregman.main([])
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert written == [tmp_path / "runs/weights.png"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert set(NAMES) <= set(table)
+    assert table["sba"].split()[-6:-3] == ["0.0312", "1", "32"]     # lam = 5 at r = 0.5, 1, 2
+
+
+def test_command_line_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for out, error, message in (("file/weights.png", OSError, "file"), ("", SystemExit, "2"),
+                                ("weights.docx", ValueError, "docx")):
+        with pytest.raises(error, match=message):
+            bregman.main(["--out", out])
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, bregman.__file__, "--out", "weights.docx"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.startswith("name")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("bregman.py: ")

@@ -5,17 +5,22 @@ and no more than that is expanded. Nothing is written, nothing is unpickled.
 """
 import contextlib
 import functools
+import io
 import math
 import tarfile
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Callable
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 FILE_LIMIT = 2 ** 26                # bytes of an image file, or of a list of labels
+MAX_PIXELS = 2 ** 26                # of one image
 SET_LIMIT = 2 ** 34                 # bytes of a set's pixels, or of all that a .tar holds
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")    # Pillow reads more, EPS by running a program
 
 
 @dataclass
@@ -27,20 +32,35 @@ class Member:
     def read(self):
         """Its bytes. Raises ValueError if they are more than FILE_LIMIT."""
         if self.size > FILE_LIMIT:
-            raise ValueError(f"{self.name} has {self.size:,} bytes, more than {FILE_LIMIT:,}")
+            raise ValueError(f"{self.size:,} bytes, more than {FILE_LIMIT:,}")
         with self.open() as f:
             return f.read(self.size)
 
-    def read_array(self, kinds, limit):
-        """The array of an .npy. Raises ValueError if its dtype's kind is none of `kinds`, if it has
-        more than `limit` bytes, or if the file has another number of bytes than its header says."""
+    def open_image(self):
+        """-> Pillow's image, of which only the header has been decoded. Raises ValueError if it has
+        more than MAX_PIXELS pixels, or more than 8 bits a channel."""
+        try:
+            with warnings.catch_warnings():             # of large images, which are refused below
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(self.read()), formats=FORMATS)
+        except UnidentifiedImageError as e:             # its message is an address in memory
+            raise ValueError(f"none of {', '.join(FORMATS)}") from e
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if image.mode[0] in "IF":                       # their conversion to RGB would clip
+            raise ValueError("more than 8 bits a channel")
+        return image
+
+    def read_array(self, limit):
+        """An .npy's array of integers. Raises ValueError if it has more than `limit` bytes, or if
+        the file has another number of bytes than its header claims."""
         with self.open() as f:
             if np.lib.format.read_magic(f) != (1, 0):
                 raise ValueError(f"{self.name} is no .npy of version 1.0")
             shape, _, dtype = np.lib.format.read_array_header_1_0(f)
             claimed, held = math.prod(shape) * dtype.itemsize, self.size - f.tell()
-            if dtype.kind not in kinds:
-                raise ValueError(f"{self.name} is {dtype} {shape}, not an array of integers")
+            if dtype.kind not in "iu":
+                raise ValueError(f"{self.name} is {dtype} {shape}, not integers")
             if claimed != held or claimed > limit:
                 raise ValueError(f"{self.name} claims {claimed:,} bytes and has {held:,}, "
                                  f"of at most {limit:,}")

@@ -58,5 +58,6 @@ def _chunks(url, path):
             if not got or got < size:           # read() ends quietly where the connection does
                 raise OSError(f"{got:,} bytes came, of {size:,}")
     except (OSError, http.client.HTTPException, ValueError) as e:       # ValueError: a bad address
-        raise OSError(f"can't download {url} ({getattr(e, 'reason', None) or str(e) or repr(e)}); "
-                      f"fetch it elsewhere and put it at {path}") from e
+        reason = " ".join(str(getattr(e, "reason", e)).split()) or repr(e)
+        raise OSError(f"can't download {url} ({reason}); fetch it elsewhere and put it at {path}"
+                      ) from e

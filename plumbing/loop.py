@@ -23,7 +23,9 @@ def read_run(path, cfg, free, columns):
     state = read_checkpoint(path, "a run's checkpoint")
     check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
     for row in state["rows"]:
-        check_form({name: 0.0 for name in columns if name in row}, row, f"{path}: rows")
+        check_form({"kimg": 0.0, "seconds": 0.0}, row, f"{path}: rows", exact=False)
+        known = ("kimg", "seconds", *columns)
+        check_form({name: 0.0 for name in known if name in row}, row, f"{path}: rows")
     same_options(path, state["config"], asdict(cfg), free)
     return state
 

@@ -142,11 +142,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n" if rank() == 0 else None)
 
-    def add(self, name, kind, default, help):
+    def add(self, name, kind, default, help, **how):
         """An option, with its default in its help."""
-        shown = "" if default in (None, "") else f" ({default})"
+        values = default if isinstance(default, list) else [default]
+        shown = "" if default in (None, "") else f" ({' '.join(map(str, values))})"
         self.add_argument(flag(name), type=reader(kind), default=default,
-                          help=help.replace("%", "%%") + shown)
+                          help=help.replace("%", "%%") + shown, **how)
 
     def add_fields(self, config, default=lambda f: f.default):
         """An option for each field; the comment beside it is its help."""

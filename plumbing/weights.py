@@ -94,28 +94,30 @@ def _load(path):
 
 
 def read_weights(path):
-    """-> state dict, name: float32 tensor, of an official EDM pickle, of our own checkpoint (its
-    EMA), or of a bare state dict saved by torch. Raises ValueError, naming the file, if it is none
-    of them, or naming the tensor that is no plain tensor of finite numbers."""
+    """-> state dict of an official EDM pickle, of our own checkpoint (its EMA), or of a bare state
+    dict saved by torch. Raises ValueError, naming the file, if it is none of them."""
     with reading(path, "a checkpoint"):
         with open(path, "rb") as f:
             if f.read(2) == b"PK":                                  # torch.save's zip
                 state = _load(path)
-                if isinstance(state, dict):
-                    state = state.get("ema", state)
-            else:
-                f.seek(0)
-                state = flatten(SafeUnpickler(f).load()["ema"])
-        if not isinstance(state, dict) or not state:
-            raise ValueError("it holds no weights")
-        for name, v in state.items():
-            if not isinstance(name, str):
-                raise ValueError(f"the name of a tensor is {name!r}")
-            if not _plain(v) or not v.is_floating_point():
-                raise ValueError(f"{name} is {_form(v)}, not a plain tensor of real numbers")
-            if not v.float().isfinite().all():
-                raise ValueError(f"{name} holds a number that is not finite")
-        return {name: v.float() for name, v in state.items()}
+                return state.get("ema", state) if isinstance(state, dict) else state
+            f.seek(0)
+            return flatten(SafeUnpickler(f).load()["ema"])
+
+
+def check_weights(state, name):
+    """-> the state dict in float32. Raises ValueError, naming the file `name` and the tensor, for
+    anything but plain tensors of finite real numbers."""
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{name}: it holds no weights")
+    for key, v in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{name}: the name of a tensor is {key!r}")
+        if not _plain(v) or not v.is_floating_point():
+            raise ValueError(f"{name}: {key} is {_form(v)}, not a plain tensor of real numbers")
+        if not v.float().isfinite().all():
+            raise ValueError(f"{name}: {key} holds a number that is not finite")
+    return {key: v.float() for key, v in state.items()}
 
 
 def read_checkpoint(path, what):
@@ -142,26 +144,28 @@ def _form(v):
     return "a tensor of another kind" if torch.is_tensor(v) else f"of type {type(v).__name__}"
 
 
-def check_form(expected, got, name):
+def check_form(expected, got, name, exact=True):
     """Raises ValueError, naming the place, unless `got` has the types, keys, lengths, shapes and
-    dtypes of `expected`, and finite tensors. Plain numbers and texts may have any value."""
+    dtypes of `expected`, and finite tensors. Plain numbers and texts may have any value. Unless
+    `exact`, dictionaries and lists may hold more."""
     if torch.is_tensor(expected):
         if not (_plain(got) and got.shape == expected.shape and got.dtype == expected.dtype):
             raise ValueError(f"{name} is {_form(got)}, not {_form(expected)}")
         if got.is_floating_point() and not got.isfinite().all():
             raise ValueError(f"{name} holds a number that is not finite")
     elif isinstance(expected, dict) and isinstance(got, dict):
-        for k in [*expected, *got]:
+        for k in [*expected, *got] if exact else expected:
             if k not in expected or k not in got:
                 raise ValueError(f"{name} {'lacks' if k in expected else 'should not have'} {k}")
-            check_form(expected[k], got[k], f"{name}.{k}")
+        for k in expected:
+            check_form(expected[k], got[k], f"{name}.{k}", exact)
     elif type(got) is not type(expected):
         raise ValueError(f"{name} is {_form(got)}, not {_form(expected)}")
     elif isinstance(expected, (list, tuple)):
-        if len(got) != len(expected):
+        if len(got) != len(expected) if exact else len(got) < len(expected):
             raise ValueError(f"{name} has length {len(got)}, not {len(expected)}")
         for i, (e, g) in enumerate(zip(expected, got)):
-            check_form(e, g, f"{name}.{i}")
+            check_form(e, g, f"{name}.{i}", exact)
 
 
 def check_optimizer(opt, got, name):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ncsnpp import CONFIGS, Conv2d, EDMPrecond
+import ncsnpp
+from ncsnpp import CONFIGS, Conv2d, EDMPrecond, c_out
 
-FIXTURE = json.loads((Path(__file__).parent / "fixtures/ncsnpp.json").read_text())
+FIXTURE = json.loads((Path(ncsnpp.__file__).parent / "fixtures/ncsnpp.json").read_text())
 NAMES = {"uncond-vp": "cifar10_ddpmpp_uncond", "uncond-ve": "cifar10_ncsnpp_uncond",
          "cond-vp": "cifar10_ddpmpp_cond", "compact": "compact_ddpmpp",
          "compact-ve": "compact_ncsnpp"}
@@ -52,23 +53,20 @@ def test_reference(name):
     assert net.label_dim == expected["label_dim"]
     assert expected["kwargs"].items() <= CONFIGS[name].items()
     x, sigma = inputs()
-    labels = torch.eye(10)[[1, 4, 9]] if net.label_dim else None
+    c = torch.eye(10)[[1, 4, 9]] if net.label_dim else None
     with torch.no_grad():
-        D_x = fill(net)(x, sigma, labels)
+        D_x = fill(net)(x, sigma, c)
     close(D_x[:, :, ::8, ::8], torch.tensor(expected["D_every8"]), rtol=0, atol=1e-4)
     close(D_x.mean((1, 2, 3)), torch.tensor(expected["D_mean"]), rtol=0, atol=1e-4)
     close(D_x.std((1, 2, 3)), torch.tensor(expected["D_std"]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["compact", "compact-ve", "all options"])
+@pytest.mark.parametrize("name", ["compact", "compact-ve", "compact-cond"])
 def test_gradients_reach_every_parameter(name):
-    everything = CONFIGS["compact"] | dict(label_dim=10, augment_dim=9, dropout=0.1)
-    config = CONFIGS.get(name, everything)
-    net = fill(EDMPrecond(**config)).train()
+    net = fill(EDMPrecond(**CONFIGS[name] | dict(dropout=0.1))).train()
     x, sigma = inputs()
-    labels = torch.eye(10)[:3] if net.label_dim else None
-    augment = torch.randn(3, 9, generator=torch.manual_seed(0)) if net.label_dim else None
-    net(x, sigma, labels, augment).square().sum().backward()
+    c = torch.eye(10)[:3] if net.label_dim else None
+    net(x, sigma, c).square().sum().backward()
     assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -78,7 +76,7 @@ def test_logits_and_image_from_one_pass_equal_two(name):
     x, sigma = inputs()
     with torch.no_grad():
         D_x, logits = net(x, sigma, return_logits=True)
-        close(D_x, net(x, sigma), rtol=0, atol=0)
+        close(D_x, net(x, sigma[:, None, None, None]), rtol=0, atol=0)      # either shape of sigma
         close(logits, net.encode(x, sigma), rtol=0, atol=0)
     assert logits.shape == (3, 8, 8)
 
@@ -99,11 +97,34 @@ def test_work_of_a_pass():
     assert calls == [name for name in plain if ".enc." in name]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("name", ["compact", "compact-ve"])
-def test_autocast(name, dtype, tolerance):
-    net = compact(name)
+def test_gradient_checkpointing_computes_again_instead_of_keeping(name):
+    """The same gradients, of image and logits; every block runs a second time in the backward."""
     x, sigma = inputs()
+    runs, kept, grads = [], [0, 0], []
+
+    def keep(tensor):
+        kept[checkpointing] += tensor.numel()
+        return tensor
+
+    for checkpointing in (False, True):
+        net = compact(name)
+        net.gradient_checkpointing = checkpointing
+        net.model.enc["8x8_block0"].register_forward_pre_hook(
+            lambda *_: runs.append(checkpointing))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            D_x, logits = net(x, sigma, return_logits=True)
+            loss = D_x.square().mean() + logits.mean()
+        loss.backward()
+        grads.append([p.grad for p in net.parameters()])
+    close(grads[1], grads[0])
+    assert runs == [False, True, True] and kept[1] < 0.4 * kept[0]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_autocast(dtype, tolerance):
+    net = compact("compact-ve")
+    x, sigma = inputs(2)
     reference = net(x, sigma)
     with torch.autocast("cpu", dtype):
         D_x, logits = net(x, sigma, return_logits=True)
@@ -118,7 +139,8 @@ def test_channels_last_and_batch_size_change_nothing():
     x, sigma = inputs()
     with torch.no_grad():
         D_x = net(x, sigma)
-        close(torch.cat([net(x[i:i + 1], sigma[i]) for i in range(3)]), D_x, rtol=0, atol=1e-5)
+        close(torch.cat([net(x[i:i + 1], sigma[i].item()) for i in range(3)]), D_x,
+              rtol=0, atol=1e-5)
         net.to(memory_format=torch.channels_last)
         close(net(x.contiguous(memory_format=torch.channels_last), sigma), D_x, rtol=0, atol=1e-5)
 
@@ -129,6 +151,13 @@ def test_before_training_the_denoiser_is_c_skip_x():
     D_x = EDMPrecond(**CONFIGS["compact"])(x, sigma)
     c_skip = 0.25 / (sigma ** 2 + 0.25)             # the best linear guess for data of variance 1/4
     close(D_x, c_skip[:, None, None, None] * x)
+
+
+def test_c_out():
+    """The spread of x0 that a Gaussian's best guess leaves: 1 / c_out^2 adds two precisions."""
+    for sigma in (0.02, 0.8, 40.0):
+        close(c_out(sigma, 0.5) ** -2, sigma ** -2 + 0.5 ** -2)
+        close(c_out(torch.tensor([sigma]), 0.5), torch.tensor([c_out(sigma, 0.5)]))
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
@@ -154,6 +183,6 @@ def test_resampling_against_its_definition(taps):
 def test_bad_input():
     x, sigma = inputs()
     with pytest.raises(ValueError, match="labels"):
-        EDMPrecond(**CONFIGS["compact"] | dict(label_dim=10))(x, sigma)
+        EDMPrecond(**CONFIGS["compact-cond"])(x, sigma)
     with pytest.raises(ValueError, match="skip"):
         EDMPrecond(**CONFIGS["compact"] | dict(decoder_type="skip"))

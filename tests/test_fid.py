@@ -1,0 +1,554 @@
+"""fid.py held against recorded Inception outputs (fixtures/), closed forms, SciPy's sqrtm, NumPy
+and brute force."""
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+import data
+import fid
+from plumbing.features import Classifier, Inception, read_net, train_classifier
+from plumbing.run import run_main
+
+TOP = Path(__file__).parent.parent
+FIXTURE = json.loads((TOP / "fixtures/inception.json").read_text())
+close = torch.testing.assert_close
+double = torch.float64
+
+
+def fill(net):
+    """The fixture's rule: every tensor from RandomState(its place in the sorted state dict)."""
+    state = net.state_dict()
+    for place, name in enumerate(sorted(state)):
+        if name.endswith("num_batches_tracked"):
+            continue
+        v = np.random.RandomState(place).standard_normal(tuple(state[name].shape))
+        if name.endswith("running_var"):
+            v = 1 + 0.1 * np.abs(v)
+        elif name.endswith("bn.weight"):
+            v = 1 + 0.1 * v
+        else:
+            v *= np.sqrt(2 / np.prod(v.shape[1:])) if v.ndim >= 2 else 0.1
+        state[name].copy_(torch.from_numpy(v))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return fill(Inception())
+
+
+@pytest.fixture(scope="module")
+def compact():
+    return fid.load_net()
+
+
+def textures(n, seed=0, size=32):
+    """Images with structure at several scales, of no dataset: smoothed noise, tinted."""
+    g = torch.Generator().manual_seed(seed)
+    x = sum(torch.nn.functional.interpolate(torch.randn(n, 3, s, s, generator=g), size=size,
+                                            mode="bilinear") for s in (2, 4, 8, 16))
+    return (x * 40 + 128).round().clamp(0, 255).to(torch.uint8)
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def measured(features):
+    return fid.Measured(*fid.stats(features), len(features), features=features)
+
+
+# ----------------------------------------------------------------------------------- the networks
+
+def test_inception_has_the_names_and_shapes_of_the_public_file(inception):
+    state = {k: list(v.shape) for k, v in inception.state_dict().items()
+             if not k.endswith("num_batches_tracked")}
+    assert state == FIXTURE["tensors"]
+    assert sum(p.numel() for p in inception.parameters()) == FIXTURE["params"]
+
+
+def is_the_fixtures(net, how, key):
+    images = np.random.RandomState(0).randint(0, 256, (2, 3, 32, 32)).astype(np.uint8)
+    features, logits = fid.extract(torch.from_numpy(images), net, how)
+    expected = FIXTURE[key]
+    close(features[:, ::64], torch.tensor(expected["pool_every64"]), rtol=0, atol=2e-6)
+    close(features.mean(1), torch.tensor(expected["pool_mean"]), rtol=0, atol=1e-6)
+    close(features.std(1, correction=0), torch.tensor(expected["pool_std"]), rtol=1e-3, atol=0)
+    close(logits[:, ::63], torch.tensor(expected["logits_unbiased_every63"]), rtol=0, atol=1e-5)
+
+
+def test_inception_outputs(inception):
+    is_the_fixtures(inception, "tf", "tf_bilinear")
+
+
+def test_inception_file_is_read_from_the_cache_and_checked(inception, tmp_path, monkeypatch):
+    monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path))
+    path = tmp_path / fid.INCEPTION[0].rsplit("/", 1)[1]
+    torch.save({k: v for k, v in inception.state_dict().items() if k in FIXTURE["tensors"]}, path)
+    with pytest.raises(ValueError, match="sha256"):
+        fid.load_net("inception")
+    monkeypatch.setattr(fid, "INCEPTION", (fid.INCEPTION[0], None))
+    is_the_fixtures(fid.load_net("inception"), "clean", "pil_bicubic")          # fused
+
+
+def test_classifier_learns_two_colours_and_survives_its_file(tmp_path):
+    images = torch.cat([textures(24) // 3, textures(24, seed=1) // 3 + 150])
+    labels = torch.arange(2).repeat_interleave(24)
+    state = train_classifier(images, labels, epochs=8, batch=8)
+    assert state["head.weight"].dtype == torch.float16
+    torch.save(state, tmp_path / "c.pt")
+    net = read_net("compact", tmp_path / "c.pt")
+    new = torch.cat([textures(9, 2) // 3, textures(9, 3) // 3 + 150])
+    assert fid.extract(new, net)[1].argmax(1).tolist() == [0] * 9 + [1] * 9
+
+
+@pytest.mark.parametrize("shape, labels, reason", [
+    ((200, 3, 64, 64), [0] * 200, "64"), ((20, 3, 32, 32), [0] * 20, "20 images"),
+    ((200, 3, 32, 32), [0, 10] * 100, "label"), ((200, 3, 32, 32), [0, -1] * 100, "label")])
+def test_classifier_refuses_images_and_labels_of_other_kinds(shape, labels, reason):
+    with pytest.raises(ValueError, match=reason):
+        train_classifier(torch.zeros(shape, dtype=torch.uint8), torch.tensor(labels))
+
+
+# ---------------------------------------------------------------------------------------- resize
+
+@pytest.mark.parametrize("size", [32, 64, 299, 512])
+def test_clean_resize_is_pillows(size):
+    image = textures(1, size=size)[0]
+    expected = np.stack([np.asarray(Image.fromarray(c.astype(np.float32)).resize(
+        (299, 299), Image.Resampling.BICUBIC)) for c in image.numpy()]).clip(0, 255)
+    close(fid.resize(image[None].float(), 299)[0], torch.from_numpy(expected), rtol=0, atol=1e-4)
+
+
+def test_tf_resize_is_bilinear_between_corners_without_half_pixels():
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
+    y = fid.resize(x, 299, "tf")
+    for i, j in [(0, 0), (1, 5), (150, 77), (298, 298)]:
+        v, u = i * 32 / 299, j * 32 / 299
+        v0, u0 = int(v), int(u)
+        v1, u1 = min(v0 + 1, 31), min(u0 + 1, 31)
+        a, b = v - v0, u - u0
+        expected = ((1 - a) * (1 - b) * x[..., v0, u0] + (1 - a) * b * x[..., v0, u1]
+                    + a * (1 - b) * x[..., v1, u0] + a * b * x[..., v1, u1])
+        close(y[..., i, j], expected, rtol=0, atol=1e-3)
+
+
+def test_float_images_are_rounded_and_clipped_as_files_would_be(compact):
+    x = textures(4)
+    noisy = x.float() + torch.linspace(-0.4, 0.4, x.numel()).view(x.shape)
+    noisy[x == 255] += 50
+    assert torch.equal(fid.extract(noisy, compact)[0], fid.extract(x, compact)[0])
+
+
+def test_nan_in_features_names_the_image():
+    class Broken(torch.nn.Linear):
+        size = 32
+
+        def forward(self, x):
+            f = x.mean((2, 3))
+            f[(x == 255).all((1, 2, 3))] = torch.nan
+            return f, f
+    x = textures(5)
+    x[3] = 255
+    with pytest.raises(ValueError, match="image 3"):
+        fid.measure(x, Broken(1, 1), batch=2)
+
+
+# ----------------------------------------------------------------------------- Fréchet distance
+
+def random_stats(d, seed, n=None):
+    x = normal(n or 4 * d, d, seed).double()
+    return fid.stats(x @ normal(d, d, seed + 100).double() / d ** 0.5 + seed)
+
+
+def test_stats_are_numpys():
+    x = np.random.RandomState(0).standard_normal((5000, 7)) + 3         # more than one part
+    mu, sigma = fid.stats(torch.from_numpy(x))
+    close(mu, torch.from_numpy(x.mean(0)))
+    close(sigma, torch.from_numpy(np.cov(x.T)))
+    assert mu.dtype == sigma.dtype == double
+    with pytest.raises(ValueError, match="at least 2"):
+        fid.stats(torch.zeros(1, 7))
+
+
+def test_frechet_closed_forms():
+    mu, sigma = random_stats(16, 1)
+    shift = torch.linspace(-1, 1, 16, dtype=double)
+    assert fid.frechet(mu, sigma, mu + shift, sigma) == pytest.approx(shift.square().sum().item())
+    Q = torch.linalg.qr(sigma)[0]                               # commuting: one eigenbasis
+    a, b = torch.rand(2, 16, dtype=double, generator=torch.Generator().manual_seed(0)) + 0.1
+    expected = (a.sqrt() - b.sqrt()).square().sum().item()
+    assert fid.frechet(mu, Q * a @ Q.T, mu, Q * b @ Q.T) == pytest.approx(expected, rel=1e-9)
+    one = lambda m, s: (np.array([m]), np.array([[s ** 2]]))    # noqa: E731
+    assert fid.frechet(*one(1, 2), *one(4, 7)) == pytest.approx(3 ** 2 + 5 ** 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frechet_is_scipys_sqrtm(seed):
+    mu1, s1 = random_stats(64, seed)
+    mu2, s2 = random_stats(64, seed + 10)
+    root = np.trace(scipy.linalg.sqrtm((s1 @ s2).numpy())).real
+    expected = (mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * root
+    assert fid.frechet(mu1, s1, mu2, s2) == pytest.approx(expected.item(), rel=1e-8)
+    assert fid.frechet(mu2, s2, mu1, s1) == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_frechet_of_singular_covariances():
+    few, many = random_stats(64, 0, n=10), random_stats(64, 1)
+    value = fid.frechet(*few, *many)
+    assert 0 < value < float("inf")
+    assert fid.frechet(*many, *few) == pytest.approx(value, rel=1e-6)
+    zero = torch.zeros(64, 64, dtype=double)
+    shift = few[0] - many[0]
+    expected = shift.square().sum() + many[1].trace()
+    assert fid.frechet(few[0], zero, *many) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("n", [10, 64, 65, 1000])
+def test_frechet_of_identical_sets_is_zero(n):
+    same = random_stats(64, 3, n)
+    assert abs(fid.frechet(*same, *same)) < 1e-6
+
+
+def test_frechet_refuses_other_widths_nan_and_what_is_no_covariance():
+    with pytest.raises(ValueError, match="64 and of 32"):
+        fid.frechet(*random_stats(64, 0), *random_stats(32, 0))
+    mu, sigma = random_stats(8, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet(mu * float("nan"), sigma, mu, sigma)
+    for wrong in (-sigma, sigma - sigma.trace() / 8 * torch.eye(8)):
+        with pytest.raises(ValueError, match="eigenvalue -"):
+            fid.frechet(mu, sigma, mu, wrong)
+    few = random_stats(64, 0, n=10)[1].float()              # singular, and rounded
+    assert fid.frechet(torch.zeros(64), few, torch.zeros(64), few) < 1e-2 * few.trace()
+
+
+def test_bias_is_what_more_images_take_away():
+    """A set against twenty times as many images of its own kind, two classes that take turns: the
+    truth is near 0."""
+    few, many = normal(600, 32), normal(12_000, 32, seed=1)
+    few[1::2] += 1
+    many[1::2] += 1
+    few, many = measured(few), measured(many)
+    value = fid.frechet(few.mu, few.sigma, many.mu, many.sigma)
+    assert fid.bias(few, many) == pytest.approx(value, rel=0.2)
+    assert fid.bias(measured(normal(64, 32)), many) is None
+    assert fid.bias(fid.Measured(few.mu, few.sigma), many) == 0
+
+
+# ------------------------------------------------------------------------------ Inception Score
+
+def test_inception_score_of_one_hot_and_of_uniform():
+    one_hot = torch.eye(10).repeat(5000, 1) * 1e4
+    assert fid.inception_score(one_hot, splits=1) == pytest.approx((10, 0))
+    assert fid.inception_score(torch.zeros(500, 10)) == pytest.approx((1, 0))
+    assert fid.inception_score(one_hot[:3], splits=10) == pytest.approx((1, 0))
+
+
+@pytest.mark.parametrize("classes", [torch.arange(5000) // 500, torch.arange(5000) % 10])
+def test_inception_score_of_sets_sorted_by_class_and_with_classes_in_turn(classes):
+    mean, spread = fid.inception_score(torch.eye(10)[classes] * 1e4)
+    assert mean == pytest.approx(10, rel=0.02) and spread < 0.1
+
+
+def test_inception_score_is_its_definition():
+    logits = normal(103, 7).double() * 2
+    p = fid.shuffled(logits).softmax(1).numpy()
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean())
+              for part in np.array_split(p, 4)]
+    assert fid.inception_score(logits, 4) == pytest.approx((np.mean(scores), np.std(scores)))
+
+
+# ------------------------------------------------------------------------------ precision, recall
+
+def brute_force(real, generated, k=3, k_coverage=5):
+    """The papers' formulas, sample by sample, in float64."""
+    real, generated = real.double().numpy(), generated.double().numpy()
+    gap = lambda x, y: np.linalg.norm(x - y, axis=-1)               # noqa: E731
+    ball = lambda x, k: [np.sort(gap(x[i], np.delete(x, i, 0)))[k - 1]       # noqa: E731
+                         for i in range(len(x))]
+    r, r5, g = ball(real, k), ball(real, k_coverage), ball(generated, k)
+    pairs = [(gap(x, real) <= r5).sum() for x in generated]
+    return {"precision": np.mean([(gap(x, real) <= r).any() for x in generated]),
+            "recall": np.mean([(gap(x, generated) <= g).any() for x in real]),
+            "density": np.mean(pairs) / k_coverage,
+            "coverage": np.mean([gap(x, generated).min() <= s for x, s in zip(real, r5)])}
+
+
+@pytest.mark.parametrize("n, m, cells", [(60, 60, 2 ** 24), (50, 83, 7 * 50), (83, 50, 1)])
+def test_precision_and_recall_are_brute_forces(n, m, cells, monkeypatch):
+    monkeypatch.setattr(fid, "CELLS", cells)            # parts of all, of 7 and of 1 row
+    real, generated = normal(n, 3) + 20, normal(m, 3, seed=1) * 0.7 + 20.5
+    got = fid.precision_recall(real, generated)
+    assert got == pytest.approx(brute_force(real, generated))
+    assert all(0.1 < share < 1 for share in (got["recall"], got["coverage"]))
+    assert (fid.precision_recall(real, generated, 1, 2)
+            == pytest.approx(brute_force(real, generated, 1, 2)))
+
+
+def test_a_collapsed_set_loses_recall_and_a_noisy_one_precision():
+    real, own = normal(500, 4), normal(500, 4, seed=1)
+    same = fid.precision_recall(real, own)
+    collapsed = fid.precision_recall(real, own * 0.2)
+    noisy = fid.precision_recall(real, own * 3)
+    assert same["precision"] > 0.8 and same["recall"] > 0.8
+    assert same["density"] == pytest.approx(1, abs=0.15) and same["coverage"] > 0.9
+    assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.2
+    assert collapsed["density"] > same["density"] and collapsed["coverage"] < 0.3
+    assert noisy["precision"] < 0.4 and noisy["recall"] > 0.8
+    assert noisy["density"] < 0.4 * same["density"]
+
+
+def test_copies_are_inside_and_no_sample_is_its_own_neighbour():
+    real = normal(40, 256) * 100 + 1000                     # far from 0: distances round
+    assert set(fid.precision_recall(real, real).values()) > {1.0}
+    assert fid.precision_recall(real, real.clone()) == pytest.approx(brute_force(real, real))
+    thrice = real[:10].repeat(6, 1)                         # radius 0: copies only
+    copied = fid.precision_recall(thrice, torch.cat([real[:10], real[20:40]]))
+    assert copied["precision"] == pytest.approx(1 / 3) and copied["coverage"] == 1
+    assert copied["density"] == pytest.approx(10 * 6 / 5 / 30)
+    one = fid.precision_recall(real, real[:1].repeat(40, 1))
+    assert one["recall"] == pytest.approx(1 / 40) and one["precision"] == 1
+
+
+@pytest.mark.parametrize("real, generated, k, reason", [
+    (normal(3, 4), normal(9, 4), 3, "less than the 3 real"),
+    (normal(9, 4), normal(5, 4), 3, "the 5 generated"),
+    (normal(9, 4), normal(9, 4), 0, "at least 1"), (normal(9, 4), normal(9, 4), 9, "k = 9"),
+    (normal(9, 4), normal(9, 5), 3, "4 and 5 features"),
+    (normal(9, 4), normal(9, 4) / 0, 3, "not finite")])
+def test_precision_and_recall_of_bad_input(real, generated, k, reason):
+    with pytest.raises(ValueError, match=reason):
+        fid.precision_recall(real, generated, k)
+
+
+def test_variety_takes_equal_counts_whatever_the_order_of_the_larger_set():
+    real = normal(600, 4)
+    real[:, 0] += 20 * (torch.arange(600) % 6)                  # six classes take turns
+    generated = normal(100, 4, seed=1)
+    generated[:, 0] += 20 * (torch.arange(100) % 6)
+    for order in (torch.arange(600), real[:, 0].argsort()):
+        result = fid.variety(measured(generated), measured(real[order]))
+        assert result["images"] == 100 and result["recall"] > 0.7 and result["coverage"] > 0.8
+    assert fid.variety(measured(generated[:5]), measured(real)) is None
+    assert fid.variety(measured(generated), fid.Measured(*fid.stats(real))) is None
+
+
+# --------------------------------------------------------------------------------- sets of images
+
+def test_measure_is_the_features_statistics_for_every_batch_size(compact):
+    x = textures(101)
+    a, b = fid.measure(x, compact), fid.measure(x, compact, batch=7, splits=3)
+    features, logits = fid.extract(x, compact)
+    assert a.n == 101 and torch.equal(a.features, features) and a.features.dtype == torch.float32
+    close((a.mu, a.sigma), fid.stats(features))
+    assert a.score == fid.inception_score(logits)
+    assert b.score == pytest.approx(fid.inception_score(logits, 3), rel=1e-5)
+    close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=1e-6)
+
+
+def test_measured_survives_its_file(tmp_path):
+    a = measured(normal(30, 8))
+    a.score = (2.5, 0.25)
+    fid.save(a, tmp_path / "a.npz", most=20)
+    b = fid.load(tmp_path / "a.npz")
+    close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=0)
+    assert (b.n, b.score, b.features.dtype) == (30, (2.5, 0.25), torch.float32)
+    close(b.features, fid.shuffled(a.features)[:20].half().float(), rtol=0, atol=0)
+    assert fid.bias(b, a) == 0                              # 20 features of 30 images
+    np.savez(tmp_path / "bank.npz", features=a.features.half())
+    bank = fid.load(tmp_path / "bank.npz")
+    assert bank.n == 30 and bank.score is None
+    close((bank.mu, bank.sigma), fid.stats(a.features.half()))
+
+
+def test_distortions_raise_fd_compact_step_by_step(compact):
+    """Noise, blur and fewer kinds of image: the teacher's own samples, ever more distorted."""
+    images = data.load_images(TOP / "pretrained/compact_teacher_samples.zip")[0][:800]
+    reference, own = fid.measure(images[1::2], compact), fid.measure(images[::2], compact)
+    x, kind = images[::2].float(), fid.extract(images[::2], compact)[1].argmax(1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    blur = lambda k: torch.nn.functional.interpolate(               # noqa: E731
+        torch.nn.functional.avg_pool2d(x, k), size=32, mode="bilinear")
+    ladders = {"noise": [x + 15 * noise, x + 60 * noise], "blur": [blur(2), blur(8)],
+               "classes": [x[kind < 5], x[kind < 2]]}
+    for name, steps in ladders.items():
+        sets = [own] + [fid.measure(step, compact) for step in steps]
+        values = [fid.frechet(m.mu, m.sigma, reference.mu, reference.sigma) for m in sets]
+        assert values == sorted(values), f"{name}: {values}"
+        assert values[-1] > 5 * values[0]
+
+
+def test_shipped_classifier_and_statistics_fit(compact):
+    reference = fid.measure_source("cifar10", compact)
+    assert isinstance(compact, Classifier)
+    assert reference.n == 50_000 and reference.mu.shape == (Classifier.width,)
+    assert torch.linalg.eigvalsh(reference.sigma).min() > 0
+
+
+def test_variance_of_a_set_that_varies_half_as_much():
+    mu, sigma = fid.stats(normal(50, 4))
+    a, b = fid.Measured(mu + 1, sigma / 4, 50), fid.Measured(mu, sigma, 50)
+    assert fid.compare(a, b)["variance"] == pytest.approx(0.25)
+
+
+# --------------------------------------------------------------------------------- command line
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """fid.py with these arguments, in this process -> status, stdout, stderr."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            run_main(fid.main)
+        return (e.value.code or 0, *capsys.readouterr())
+    return call
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, compact):
+    """The same images in every form that fid.py takes."""
+    root, images = tmp_path_factory.mktemp("sources"), textures(20).permute(0, 2, 3, 1).numpy()
+    (root / "folder").mkdir()
+    with zipfile.ZipFile(root / "images.zip", "w") as z:
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / f"folder/{i:04}.png")
+            z.write(root / f"folder/{i:04}.png", f"{i:04}.png")
+    subprocess.run(["tar", "cf", root / "images.tar", "-C", root, "folder"], check=True)
+    np.save(root / "images.npy", images)
+    np.savez(root / "images.npz", images=images)
+    features = fid.extract(textures(20), compact)[0]
+    mu, sigma = fid.stats(features)
+    np.savez(root / "stats.npz", mu=mu, sigma=sigma)
+    np.savez(root / "features.npz", features=features)
+    return root
+
+
+def test_cli_on_every_kind_of_source(sources, run):
+    for name in ("folder", "images.zip", "images.tar", "images.npy", "images.npz", "features.npz"):
+        code, out, err = run(sources / name, sources / "features.npz", "--json")
+        assert code == 0, err
+        result = json.loads(out)
+        assert abs(result["value"]) < 1e-6 and result["distance"] == "FD-compact"
+        assert result["n"] == [20, 20] and result["variety"]["images"] == 20
+        assert result["variety"]["precision"] == result["variety"]["recall"] == 1
+        assert (result["score_mean"] is None) == (name == "features.npz")
+    result = json.loads(run(sources / "stats.npz", sources / "folder", "--json")[1])
+    assert result["n"] == [None, 20] and result["variety"] is None
+
+
+def test_cli_says_what_it_measured(sources, run, tmp_path):
+    code, out, _ = run(sources / "images.npz", "--save", tmp_path / "s.npz", "--splits", 2)
+    assert code == 0
+    for part in ("FD-compact", "IS-compact", "20 images against 50000", "resize clean",
+                 "too few to say"):
+        assert part in out
+    assert "FID" not in out
+    out = run(sources / "images.npz", tmp_path / "s.npz", "-n", 7)[1]
+    assert "7 images against 20" in out and "coverage" in out and "7 images each" in out
+    assert "need images" in run(sources / "images.npz", sources / "stats.npz")[1]
+    assert fid.load(tmp_path / "s.npz").n == 20
+
+
+def test_cli_of_a_split(tmp_path, run):
+    for split, seed in (("train", 0), ("test", 1)):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for i, image in enumerate(textures(5, seed).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(tmp_path / "set" / split / f"{i}.png")
+    code, out, err = run(f"{tmp_path}/set", f"{tmp_path}/set:test", "--json")
+    assert code == 0, err
+    assert json.loads(out)["value"] > 0.01 and json.loads(out)["n"] == [5, 5]
+
+
+def test_cli_trains_the_classifier_without_touching_what_is_shipped(tmp_path, run, monkeypatch):
+    images, labels = textures(140), torch.arange(140) % 10
+    monkeypatch.setattr(fid, "load_images", lambda source, split: (images, labels))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("train", "--epochs", 1)
+    assert code == 0, err
+    assert "of the test images right" in out
+    made = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")}
+    assert made == {"runs/classifier/" + p.name for p in (fid.CLASSIFIER, fid.REFERENCE)}
+    reference = fid.load(tmp_path / "runs/classifier" / fid.REFERENCE.name)
+    net = read_net("compact", tmp_path / "runs/classifier" / fid.CLASSIFIER.name)
+    close(reference.mu, fid.measure(images, net).mu)
+    monkeypatch.setattr(fid, "load_images", lambda source, split: (images, None))
+    code, _, err = run("train", "--data", "x")
+    assert code == 2 and "--data x" in err and "labels" in err
+
+
+def test_bad_sources_are_one_line_each(tmp_path, run):
+    good = textures(2).permute(0, 2, 3, 1).numpy()
+    (tmp_path / "broken").mkdir()
+    Image.fromarray(good[0]).save(tmp_path / "broken/a.png")
+    (tmp_path / "broken/b.png").write_bytes((tmp_path / "broken/a.png").read_bytes()[:100])
+    np.savez(tmp_path / "one.npz", images=good[:1])
+    for name, reason in {"broken": "b.png", "one.npz": "one.npz: 1 image", "nowhere": "nowhere",
+                         "": "empty", ":test": ":test"}.items():
+        code, out, err = run(tmp_path / name if name.strip(":test") else name)
+        assert code == 2 and reason in err and err.count("\n") == 1 and not out, (name, err)
+
+
+EYE = np.eye(128)
+BAD_STATISTICS = {
+    "64 features": {"mu": np.zeros(64), "sigma": np.eye(64)},
+    "'sigma': (64, 64)": {"mu": np.zeros(128), "sigma": np.eye(64)},
+    "mu is not finite": {"mu": np.full(128, np.nan), "sigma": EYE},
+    "sigma is not finite": {"mu": np.zeros(128), "sigma": np.full((128, 128), np.inf)},
+    "eigenvalue -1": {"mu": np.zeros(128), "sigma": EYE - 2 * EYE[:1].T * EYE[:1]},
+    "not symmetric": {"mu": np.zeros(128), "sigma": EYE + np.tri(128, k=-1)},
+    "Object arrays": {"mu": np.array([None] * 128), "sigma": EYE},
+    "mu is not finite, or of no": {"mu": np.array(["a"] * 128), "sigma": EYE},
+    "sigma is not finite, or of no": {"mu": np.zeros(128), "sigma": EYE * 1j},
+    "'mu': (128,)": {"mu": np.zeros(128)},
+    "'mu': ()": {"mu": np.zeros(()), "sigma": np.zeros(())},
+    "'features': (9,)": {"features": np.zeros(9)},
+    "'features': ()": {"features": np.zeros(())},
+    "'features': (9, 3)": {"features": np.zeros((9, 3)), "mu": np.zeros(128), "sigma": EYE},
+    "at least 2": {"features": np.zeros((1, 128))},
+    "whole number": {"mu": np.zeros(128), "sigma": EYE, "n": -3},
+    "'score': (3,)": {"mu": np.zeros(128), "sigma": EYE, "score": np.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_STATISTICS)
+def test_bad_statistics_are_one_line_each(reason, tmp_path, run):
+    np.savez(tmp_path / "bad.npz", **BAD_STATISTICS[reason])
+    code, out, err = run(tmp_path / "bad.npz")
+    assert code == 2 and reason in err and "bad.npz" in err and err.count("\n") == 1, err
+
+
+def test_a_member_that_would_expand_beyond_a_gibibyte_is_not_read(tmp_path, monkeypatch):
+    """A header of 2^28 numbers and zeros to fill it would be slow to write: the directory of a
+    small archive is made to say so instead."""
+    np.savez(tmp_path / "bomb.npz", mu=np.zeros(128), sigma=EYE)
+    raw = (tmp_path / "bomb.npz").read_bytes()
+    at = raw.index(b"PK\x01\x02") + 24                          # its first member's full size
+    (tmp_path / "bomb.npz").write_bytes(raw[:at] + (2 ** 30 + 1).to_bytes(4, "little")
+                                        + raw[at + 4:])
+    monkeypatch.setattr(np.lib.format, "read_array", None)      # whoever reads fails otherwise
+    with pytest.raises(ValueError, match="bomb.npz.*1 GiB"):
+        fid.load(tmp_path / "bomb.npz")
+
+
+@pytest.mark.parametrize("args, reason", [
+    (["--features", "resnet"], "--features"), (["--resize", "pil"], "--resize"),
+    (["--batch", "0"], "--batch"), (["--splits", "0"], "--splits"), (["-n", "1.5"], "-n"),
+    (["--device", "abacus"], "abacus"), (["--save", "a.txt"], ".npz"), (["-n", "5"], "-n takes")])
+def test_bad_options_are_one_line_each(args, reason, sources, run):
+    code, _, err = run(sources / "stats.npz", *args)
+    assert code == 2 and reason in err and err.count("\n") == 1, err
+
+
+def test_help_tells_the_defaults(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "(compact)" in out and "(clean)" in out and "(cifar10)" in out
+    assert "(runs/classifier)" in run("train", "--help")[1]

@@ -1,0 +1,245 @@
+"""plane.py: the teachers against autograd and quadrature, the student's density against brute force.
+
+fixtures/students.pt holds two students that toy2d.py trained (the averaged weights, rounded to
+float16), and log q_sigma by brute force at 128 points of each and of each noise level. Made anew by
+
+    python -m tests.test_plane                      # ten minutes on one core
+"""
+import functools
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from plane import TARGETS, Mixture, log_q, mode_statistics
+from toy2d import Config, distil, mlp
+
+F64 = torch.float64
+close = torch.testing.assert_close
+FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/students.pt"
+LEVELS = (0.02, 0.05, 0.2)                          # sigma at which brute force was done
+FINE = (3072, 4096)                                 # its latents on each axis, twice
+
+
+# ------------------------------------------------------------------------------ by brute force
+
+@torch.no_grad()
+def brute_force(G, x_t, sigma, n):
+    """log q_sigma(x_t), (N,), for the levels `sigma`, a list, each with its own points x_t (N, 2).
+
+    The plane of z is cut into n x n cells of equal probability; each one's image is that of the
+    median of its sides, a row of cells at a time: log mean N(x_t; G(z), sigma^2 I).
+    """
+    z = torch.special.ndtri((torch.arange(n, dtype=F64) + 0.5) / n).float()
+    found = [torch.full((len(x), 1), -math.inf) for x in x_t]
+    for rows in z.split(max(1, 2 ** 16 // n)):
+        x = G(torch.cartesian_prod(rows, z))
+        for i, (at, s) in enumerate(zip(x_t, sigma)):
+            # |at - x|^2 by differences: expanded, it would cancel where it is small
+            square = (at[:, :1] - x[:, 0]).square_() + (at[:, 1:] - x[:, 1]).square_()
+            part = square.mul_(-0.5 / s ** 2).logsumexp(1, keepdim=True)
+            found[i] = torch.logaddexp(found[i], part)
+    return [f[:, 0] - math.log(2 * math.pi * s ** 2 * n ** 2) for f, s in zip(found, sigma)]
+
+
+def noised(G, sigma, n, seed):
+    """n points of q_sigma, (n, 2)."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return G(torch.randn(n, 2, generator=g)) + sigma * torch.randn(n, 2, generator=g)
+
+
+def rebuild(student):
+    G = mlp(2, 2, student["config"]["width"], functools.partial(nn.LeakyReLU, 0.1))
+    G.load_state_dict(student["weights"])           # float16 to float32 is exact
+    return G
+
+
+def make():
+    """Train the students and write the fixture."""
+    students = {}
+    for h in ("kl", "be"):
+        cfg = Config(h=h, seed=0)
+        d, result, *_ = distil(cfg)
+        weights = {k: v.half() for k, v in zip(d.G.state_dict(), d.ema)}
+        students[h] = dict(config=asdict(cfg), weights=weights)
+        G = rebuild(students[h])
+        x_t = [noised(G, s, 128, seed=1) for s in LEVELS]
+        coarse, fine = (brute_force(G, x_t, LEVELS, n) for n in FINE)
+        students[h] |= dict(sigma=list(LEVELS), x_t=x_t, log_q=fine, log_q_coarse=coarse)
+        for s, a, b in zip(LEVELS, coarse, fine):
+            print(f"{h}, {s}: the two resolutions differ by {(a - b).abs().max():.4f}")
+            for cells in (32, 64, 128):
+                off = log_q(G, x_t[LEVELS.index(s)], torch.full((128, 1), s), cells) - b
+                print(f"    {cells} cells: {off.square().mean().sqrt():.3f}, {off.abs().max():.2f}")
+        torch.save(students, FIXTURE)
+        print(h, {k: result[k] for k in ("modes_covered", "mode_tv", "on_mode")}, flush=True)
+
+
+# ----------------------------------------------------------------------- the student's density
+
+@functools.cache
+def students():
+    return {h: (rebuild(s), s) for h, s in torch.load(FIXTURE, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("h", ["kl", "be"])
+def test_log_q_is_that_of_brute_force(h, level):
+    """128 x 128 cells; what fewer give stands in plane.py's users' choice of cells."""
+    G, fixture = students()[h]
+    i = fixture["sigma"].index(level)
+    truth, coarse, x_t = fixture["log_q"][i], fixture["log_q_coarse"][i], fixture["x_t"][i]
+    assert len(x_t) >= 128 and (truth - coarse).abs().max() < 0.01      # two resolutions agree
+    close(x_t, noised(G, level, 128, seed=1), rtol=0, atol=1e-4)        # and the points are q's
+    sigma = torch.full((len(x_t), 1), level)
+    rms = {cells: (log_q(G, x_t, sigma, cells) - truth).square().mean().sqrt().item()
+           for cells in (32, 128)}
+    assert rms[128] < 0.05 and rms[128] < rms[32] < 0.2
+
+
+@pytest.mark.parametrize("h", ["kl", "be"])
+def test_brute_force_of_the_fixture(h):
+    """At 32 points, with 1,024 latents an axis, and at larger noise with 512."""
+    G, fixture = students()[h]
+    for n, kept in ((1024, [1]), (512, [2])):
+        x_t = [fixture["x_t"][i][:32] for i in kept]
+        found = brute_force(G, x_t, [LEVELS[i] for i in kept], n)
+        for i, values in zip(kept, found):
+            close(values, fixture["log_q"][i][:32], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("level", [0.01, 0.3, 5.0])
+def test_log_q_of_a_linear_student(level):
+    """x = A z + b has q_sigma = N(b, A A^T + sigma^2 I)."""
+    G = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        G.weight.copy_(torch.tensor([[0.6, -0.3], [0.2, 0.1]]))
+    g = torch.Generator().manual_seed(0)
+    covariance = G.weight @ G.weight.T + level ** 2 * torch.eye(2, dtype=F64)
+    exact = torch.distributions.MultivariateNormal(G.bias, covariance)
+    noise = torch.randn(300, 2, generator=g, dtype=F64)
+    x_t = (G.bias + noise @ torch.linalg.cholesky(covariance).T).detach()
+    sigma = torch.full((300, 1), level, dtype=F64)
+    near = noise.norm(dim=1) < 3            # beyond, the outermost cells are no Gaussians
+    got, truth = log_q(G, x_t, sigma, 256), exact.log_prob(x_t)
+    close(got[near], truth[near].detach(), rtol=0, atol=0.01)
+    assert near.sum() > 290
+
+
+def test_log_q_of_a_student_that_gives_one_point():
+    """Cells without extent: q_sigma is exactly N(b, sigma^2 I), however many there are."""
+    G, b = nn.Linear(2, 2), torch.tensor([0.3, -0.2])
+    nn.init.zeros_(G.weight)
+    G.bias.data = b
+    x_t, sigma = torch.randn(40, 2), torch.linspace(0.02, 3, 40)[:, None]
+    exact = torch.distributions.Normal(b, sigma).log_prob(x_t).sum(1)
+    for cells in (2, 7, 128):
+        close(log_q(G, x_t, sigma, cells), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_log_q_is_a_density_of_mass_one():
+    G, _ = students()["be"]
+    edge = torch.linspace(-2, 2, 101)
+    grid = torch.cartesian_prod(edge, edge)
+    mass = log_q(G, grid, torch.full((len(grid), 1), 0.2), 32).exp().sum() * 0.04 ** 2
+    close(mass.item(), 1.0, rtol=0.002, atol=0)
+
+
+def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
+    G, _ = students()["kl"]
+    x_t = torch.tensor([[0.1, 0.9], [1e4, -1e4], [1e8, 0.0], [0.0, -300.0]])
+    sigma = torch.tensor([[0.02], [0.02], [2.0], [80.0]])
+    together = log_q(G, x_t, sigma, 64)
+    assert together.isfinite().all() and not together.requires_grad
+    x_t, sigma = x_t.repeat(300, 1), sigma.repeat(300, 1)           # more than one piece of 2^22
+    close(log_q(G, x_t, sigma, 64), together.repeat(300))
+
+
+@pytest.mark.parametrize("G, x_t, cells, message", [
+    (nn.Linear(2, 2), torch.zeros(5, 2), 1, "cells must be from 2 to"),
+    (nn.Linear(2, 2), torch.zeros(5, 2), 5000, "not 5000"),
+    (nn.Linear(2, 3), torch.zeros(5, 2), 8, "not .64, 3."),
+    (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t")])
+def test_bad_input_of_log_q(G, x_t, cells, message):
+    with pytest.raises(ValueError, match=message):
+        log_q(G, x_t, torch.ones(5, 1), cells)
+
+
+# --------------------------------------------------------------------------------- the teachers
+
+def double(target):
+    t = TARGETS[target]
+    return Mixture(t.weights.double() / t.weights.double().sum(), t.means.double(), t.std)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_score_is_the_gradient_of_log_p(target):
+    teacher, g = double(target), torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, generator=g, dtype=F64).requires_grad_()
+    for level in (0.0, 0.02, 0.5, 40.0):
+        sigma = torch.full((200, 1), level, dtype=F64)
+        slope, = torch.autograd.grad(teacher.log_p(x, sigma).sum(), x)
+        close(teacher.score(x, sigma), slope, rtol=1e-9, atol=1e-9)
+        close(teacher(x, sigma), x + level ** 2 * slope)                # Tweedie
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_p_sigma_is_a_density_of_mass_one(target):
+    edge = torch.linspace(-4, 4, 401, dtype=F64)
+    grid = torch.cartesian_prod(edge, edge)
+    for level in (0.0, 0.5):
+        sigma = torch.full((len(grid), 1), level, dtype=F64)
+        mass = double(target).log_p(grid, sigma).exp().sum() * 0.02 ** 2
+        close(mass.item(), 1.0, rtol=1e-6, atol=0)
+
+
+def test_far_from_all_modes_everything_is_finite():
+    x = torch.tensor([[1e4, -1e4], [1e8, 0.0], [0.0, -300.0]])
+    for level in (0.0, 0.02, 80.0):
+        sigma = torch.full((3, 1), level)
+        teacher = TARGETS["ring8"]
+        assert teacher.log_p(x, sigma).isfinite().all() and teacher.score(x, sigma).isfinite().all()
+
+
+def test_samples_have_the_mixtures_weights_and_width():
+    t = TARGETS["uneven8"]
+    x = t.sample(100000, torch.Generator().manual_seed(0))
+    distance, k = torch.cdist(x, t.means).min(1)
+    close(torch.bincount(k) / 1e5, t.weights, rtol=0, atol=0.005)       # 3 sigma of a binomial
+    close((distance.square().mean() / 2).sqrt().item(), t.std, rtol=0.01, atol=0)
+    stats = mode_statistics(x, t)
+    assert stats["modes_covered"] == 8 and stats["mode_tv"] < 0.01 and stats["on_mode"] > 0.999
+
+
+def test_mode_statistics_of_a_student_that_drops_modes():
+    t = TARGETS["ring8"]
+    stats = mode_statistics(t.means[:2].repeat(50, 1), t)
+    assert stats == dict(modes=8, modes_covered=2, mode_tv=0.75, on_mode=1.0)
+    assert mode_statistics(torch.zeros(10, 2), t)["on_mode"] == 0
+
+
+def test_tilted_teacher_is_the_reward_times_the_teacher():
+    """Eq. (16) and (19) on a grid: p* ~ R p, and R_sigma = E[R(x0) | x] by Gauss quadrature."""
+    t, a = double("uneven8"), torch.tensor([1.5, -0.4], dtype=F64)
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    zero = torch.zeros(50, 1, dtype=F64)
+    gap = t.tilt(a).log_p(x, zero) - t.log_p(x, zero) - x @ a
+    close(gap, gap[:1].expand(50))                                      # the constant is -log Z_0
+    edge = torch.linspace(-1.5, 1.5, 301, dtype=F64)
+    x0 = torch.cartesian_prod(edge, edge)
+    log_p0, log_z0 = t.log_p(x0, torch.zeros(len(x0), 1, dtype=F64)), -gap[0]
+    for at in x[:5]:
+        log_joint = log_p0 - (x0 - at).square().sum(1) / (2 * 0.3 ** 2)         # sigma = 0.3
+        expected = (log_joint + x0 @ a).logsumexp(0) - log_joint.logsumexp(0)
+        sigma = torch.full((1, 1), 0.3, dtype=F64)
+        log_r_star = t.tilt(a).log_p(at[None], sigma) - t.log_p(at[None], sigma)
+        close(log_r_star[0], expected - log_z0, rtol=1e-6, atol=1e-6)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    make()
