@@ -3,10 +3,13 @@
     python edm.py train --out runs/teacher                          # CIFAR-10, downloaded once
     python edm.py train --out runs/teacher --resume --kimg 2000     # goes on, bit for bit
     python edm.py train --out runs/classes --config compact-cond --label-dropout 0.1
-    python edm.py sample pretrained/compact_teacher.pt              # FD-compact 4.42 to CIFAR-10
+    python edm.py sample pretrained/compact_teacher.pt              # 64 images: samples.png
     python edm.py sample runs/teacher/teacher.pt --guide runs/young/teacher.pt --w 2
     python edm.py sample runs/classes/teacher.pt --guide self --w 2
     python edm.py sample edm-cifar10-32x32-uncond-vp                # NVIDIA's official weights
+
+The samples of the shipped teacher, -n 5000 --seed 1, have FD-compact 4.42 to CIFAR-10
+(results/fid.txt).
 """
 import math
 import time
@@ -111,6 +114,7 @@ def sample(net, n, steps=18, sigmas=None, seed=0, batch=64, labels=None, progres
     """
     device = next(net.parameters()).device
     generator, images, c = torch.Generator().manual_seed(seed), [], None
+    sigmas = grid(steps) if sigmas is None else sigmas
     if labels is None and net.label_dim:
         labels = torch.arange(n) % net.label_dim
     if labels is not None:
@@ -119,7 +123,7 @@ def sample(net, n, steps=18, sigmas=None, seed=0, batch=64, labels=None, progres
     for start in tqdm(range(0, n, batch), disable=not progress, unit="batch"):
         z = torch.randn(min(batch, n - start), *IMAGE, generator=generator).to(device)
         part = None if c is None else c[start:start + batch]
-        images.append(to_uint8(heun(net, z, sigmas or grid(steps), part)).cpu())
+        images.append(to_uint8(heun(net, z, sigmas, part)).cpu())
     return torch.cat(images)
 
 
@@ -168,7 +172,7 @@ def build(state, name="the checkpoint"):
     """The network whose names and shapes are those of `state`, with its weights, in eval mode.
     Raises ValueError, naming the file `name`, if its tensors are none of finite numbers, and the
     first difference to the nearest configuration, if none fits."""
-    state = check_weights(state, name)
+    check_weights(state, name)
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     nearest = None
     for config, kwargs in CONFIGS.items():
@@ -181,7 +185,8 @@ def build(state, name="the checkpoint"):
             return net.eval().requires_grad_(False)
         if nearest is None or len(wrong) < nearest[0]:
             k = wrong[0]
-            nearest = len(wrong), f"{config}, in which {k} is {expected.get(k)}, not {shapes.get(k)}"
+            nearest = len(wrong), (f"{config}, in which {k} is {expected.get(k)}, "
+                                   f"not {shapes.get(k)}")
     raise ValueError(f"{name}: no known configuration has these tensors; nearest is {nearest[1]}")
 
 
@@ -226,12 +231,11 @@ class TrainConfig:
     warmup_kimg: nonnegative = 25.0     # thousands of images over which it rises from 0
     ref_kimg: positive = 400.0  # thousands of images after which it falls
     decay: nonnegative = 0.0    # the last thousands of images, over which it falls to 0 linearly
-    ema_kimg: nonnegative = 50.0        # half-life of the weights' average, at most 5 % of the
-    #                                     run so far
+    ema_kimg: nonnegative = 50.0        # half-life of the weights' average; at most 5 % of the run
     p_mean: real = -1.2         # ln sigma is normal with this mean
     p_std: positive = 1.2       # and this standard deviation
     label_dropout: share = 0.0  # share of the labels left out, for guidance by itself: 0.1, say
-    seed: torch_seed = 0              # of the first weights and all random numbers
+    seed: torch_seed = 0        # of the first weights and all random numbers
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # what computes
     amp: Literal["no", "bf16"] = "no"   # bf16 for autocast
     save_every: positive = 20.0 # thousands of images between checkpoints

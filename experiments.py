@@ -9,7 +9,7 @@ A run is one call of toy2d.py or cifar_distill.py in a process of one thread. A 
 there, in whichever group, is not made again. A run that was interrupted goes on. This is the only
 command that writes into results/ and figures/ by default.
 """
-from plumbing.run import Stop, run_main
+from plumbing.run import run_main
 
 import csv
 import functools
@@ -17,9 +17,7 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -31,8 +29,10 @@ import cifar_distill
 import toy2d
 from plane import TARGETS
 from plumbing.files import atomic, reading
+from plumbing.jobs import run_all
 from plumbing.options import Parser, count, path
-from plumbing.plots import plane, pyplot, save_figure
+from plumbing.pictures import animate, curves, dots, label, lambdas, mean_std, panels
+from plumbing.plots import save_figure
 
 HERE = Path(__file__).parent
 
@@ -73,6 +73,7 @@ LINES = {       # is it the divergence, the classifier or the batch? label, opti
     "level": ("noise levels alone", "--part level", (-1, 1, 5), "#969696"),
     "sample": ("samples alone", "--part sample", (-1, 1, 5), "#238b45"),
 }
+RATIOS, WEIGHTS = list(LINES)[:4], ("learned_256", "level", "sample")       # above, and below
 PLANE_RATIO = {         # how log r is learned, and how far it is believed
     "kl_linear": "--h kl --head linear", "kl_mean": "--h kl --head mean",
     "kl_high": "--h kl --class-min 0.2", "kl_low": "--h kl --class-max 0.5",
@@ -127,7 +128,7 @@ TOY, CIFAR = "toy2d.py", "cifar_distill.py"
 GROUPS = {
     "plane_lam": Group("the divergence, the classifier or the batch", TOY, {
         f"{line}_{lam:g}": f"--h sba --lam {lam:g} {options}".strip()
-        for line, (_, options, lambdas, _) in LINES.items() for lam in lambdas}, PLANE, seeds=5),
+        for line, (_, options, several, _) in LINES.items() for lam in several}, PLANE, seeds=5),
     "every_h": Group("every h on the ring", TOY, EVERY_H, PLANE, seeds=5),
     "plane_ratio": Group("learning the ratio", TOY, PLANE_RATIO, PLANE),
     "plane_help": Group("what helps SBA 5", TOY, PLANE_HELP, PLANE),
@@ -191,146 +192,113 @@ def identity(script, config):
 
 @dataclass(frozen=True)
 class Run:
-    group: str
+    folder: str                 # GROUP/ROW_seedK, in that of the results
     row: str
     seed: int
-
-    def script(self):
-        return GROUPS[self.group].script
-
-    def options(self):
-        """The command's options, or "" for a run that is made by hand."""
-        group = GROUPS[self.group]
-        own = group.rows[self.row]
-        return own and f"{own} {group.common} --seed {self.seed}".replace("  ", " ")
+    script: str
+    options: str                # "" for a run that is made by hand
 
     def config(self):
-        return config_of(self.script(), self.options())
+        return config_of(self.script, self.options)
 
     def identity(self):
-        return identity(self.script(), self.config())
+        return identity(self.script, self.config())
 
     def kimg(self):
         return self.config().get("kimg", 0)
 
-    def folder(self, results):
-        return results / self.group / f"{self.row}_seed{self.seed}"
-
 
 def runs_of(names, most=math.inf):
-    """All runs of these groups, with `most` seeds at most; those of one seed follow each other."""
-    return [Run(name, row, seed) for name in names
-            for seed in range(min(GROUPS[name].seeds, most)) for row in GROUPS[name].rows]
+    """All runs of these groups, `most` seeds of each row at most; those of one seed in a row."""
+    runs = []
+    for name in names:
+        group = GROUPS[name]
+        for seed in range(min(group.seeds, most)):
+            for row, own in group.rows.items():
+                options = own and " ".join([*own.split(), *group.common.split(), f"--seed {seed}"])
+                runs.append(Run(f"{name}/{row}_seed{seed}", row, seed, group.script, options))
+    return runs
 
+
+# ---------------------------------------------------------------------------- runs, and results
 
 @dataclass
 class Done:
-    """A finished run: result.json, log.csv's rows (none in the plane), and what a table shows."""
+    """A finished run: result.json, and log.csv's rows (none in the plane)."""
     folder: Path
     result: dict
     log: list
 
     def numbers(self):
+        """What tables show."""
         return self.log[-1] if self.log else self.result
 
     def until(self, kimg):
         """The same after so many thousand images, or None if it has no row there."""
-        after = [i for i, row in enumerate(self.log, 1) if row["kimg"] >= kimg]
-        log = self.log[:after[0]] if after else []
-        found = not self.log or log and log[-1]["kimg"] < kimg + self.result["config"]["batch"] / 1e3
-        return Done(self.folder, self.result, log) if found else None
+        if not self.log:
+            return self
+        end = kimg + self.result["config"]["batch"] / 1e3
+        log = [row for row in self.log if row["kimg"] < end]
+        return Done(self.folder, self.result, log) if log and log[-1]["kimg"] >= kimg else None
 
 
 def read(folder):
-    """-> Done, or None where no result is. Raises ValueError, naming the file, for a broken one."""
-    file, log = folder / "result.json", []
-    if not file.exists():
+    """-> Done, or None where no result is. Raises ValueError, naming the folder, for a bad one."""
+    log = []
+    if not (folder / "result.json").exists():
         return None
-    with reading(file, "a run's result"):
-        result = json.loads(file.read_text())
+    with reading(folder, "a run's folder"):
+        result = json.loads((folder / "result.json").read_text())
         result["config"]["h"]
-    file = folder / "log.csv"
-    if file.exists():
-        with reading(file, "a run's log"), open(file) as f:
-            log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        if (folder / "log.csv").exists():
+            with open(folder / "log.csv") as f:
+                log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
             log[-1]["kimg"]
     return Done(folder, result, log)
 
 
-def finished(results):
-    """-> identity -> the finished runs under `results`. What was made by hand is no run's."""
-    found = {}
-    for run in runs_of(GROUPS):
-        done = read(run.folder(results)) if run.options() else None
-        if done:
-            key = identity(run.script(), done.result["config"])
-            found.setdefault(key, []).append(done)
-    return found
+class Results:
+    """The finished runs in a folder. What was made by hand counts for its own row alone."""
 
+    def __init__(self, folder):
+        self.folder, self.found = folder, {}            # identity -> [Done]
+        for run in runs_of(GROUPS):
+            done = read(folder / run.folder) if run.options else None
+            if done:
+                key = identity(run.script, done.result["config"])
+                self.found.setdefault(key, []).append(done)
 
-def look_up(run, found, results):
-    """-> the run's Done, from whichever group, or None."""
-    if not run.options():
-        return read(run.folder(results))
-    cut = (done.until(run.kimg()) for done in found.get(run.identity(), []))
-    return next((done for done in cut if done), None)
+    def of(self, run):
+        """The run's Done, from whichever group, or None."""
+        if not run.options:
+            return read(self.folder / run.folder)
+        cut = [done.until(run.kimg()) for done in self.found.get(run.identity(), [])]
+        return next(filter(None, cut), None)
 
+    def rows(self, name):
+        """row -> seed -> Done, for the rows of a group that have results."""
+        rows = {row: {} for row in GROUPS[name].rows}
+        for run in runs_of([name]):
+            done = self.of(run)
+            if done:
+                rows[run.row][run.seed] = done
+        return {row: seeds for row, seeds in rows.items() if seeds}
 
-# ------------------------------------------------------------------------------------------ to run
-
-def start(run, folder):
-    """Start a run, or go on with it. -> its process, which gets no signal of the terminal's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, run.script(), *run.options().split(), "--out", str(folder)]
-    if (folder / "checkpoint.pt").exists():
-        command.append("--resume")
-    with open(folder / "log.txt", "w") as log:
-        return subprocess.Popen(command, cwd=HERE, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def missing(runs, results):
-    """The runs to make: of those with one identity the longest, and none that has a result."""
-    found, jobs = finished(results), {}
-    for run in runs:
-        if run.options() and not look_up(run, found, results):
-            other = jobs.get(run.identity())
-            if other is None or run.kimg() > other.kimg():
-                jobs[run.identity()] = run
-    return list(jobs.values())
-
-
-def run_all(runs, results, at_once):
-    """Make these runs. -> exit status: 0; 1 where one failed; 128 + the signal that stopped all."""
-    waiting, running, failed, told = list(runs), {}, 0, False
-    if hasattr(os, "nice"):
-        os.nice(19)                         # so that who runs them can go on working
-    with Stop() as stop:
-        while running or waiting and not stop.number:
-            while waiting and len(running) < at_once and not stop.number:
-                run = waiting.pop(0)
-                running[run] = start(run, run.folder(results))
-            if stop.number and not told:
-                told = True
-                for process in running.values():
-                    process.terminate()     # on images it saves first
-            time.sleep(0.1)
-            for run in [run for run, process in running.items() if process.poll() is not None]:
-                failed += not ended(run, running.pop(run).returncode, results, told)
-                print(f"{len(runs) - len(waiting) - len(running)} of {len(runs)} runs",
-                      file=sys.stderr, flush=True)
-    if stop.number:
-        print("stopped; the same command goes on", file=sys.stderr)
-    return 128 + stop.number if stop.number else min(failed, 1)
-
-
-def ended(run, code, results, told):
-    """Whether the run went well; one that failed by itself is told in a line."""
-    folder = run.folder(results)
-    if code and not told:
-        lines = (folder / "log.txt").read_text().replace("\r", "\n").strip().splitlines()
-        print(f"{folder} failed: {lines[-1] if lines else f'status {code}'}", file=sys.stderr)
-    return code == 0
+    def missing(self, runs):
+        """folder -> command, for what has no result: of runs with one identity the longest."""
+        longest = {}
+        for run in runs:
+            if run.options and not self.of(run):
+                other = longest.setdefault(run.identity(), run)
+                if run.kimg() > other.kimg():
+                    longest[run.identity()] = run
+        commands = {}
+        for run in longest.values():
+            out = self.folder / run.folder
+            again = ["--resume"] if (out / "checkpoint.pt").exists() else []
+            commands[out] = [sys.executable, run.script, *run.options.split(), "--out", str(out),
+                             *again]
+        return commands
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -344,16 +312,6 @@ COLUMNS = {     # key of a result: the table's head, digits
 }
 
 
-def collect(name, found, results):
-    """-> row -> seed -> Done, for the rows of a group that have results."""
-    rows = {}
-    for run in runs_of([name]):
-        done = look_up(run, found, results)
-        if done:
-            rows.setdefault(run.row, {})[run.seed] = done
-    return {row: rows[row] for row in GROUPS[name].rows if row in rows}
-
-
 def values_of(rows, row, key):
     """A number of a row's runs, one a seed. less_kl compares runs of one seed, which draw the same
     noise."""
@@ -363,12 +321,6 @@ def values_of(rows, row, key):
         base = {seed: done.numbers() for seed, done in rows.get("kl", {}).items()}
         return [n[key] - base[seed][key] for seed, n in numbers.items() if seed in base]
     return [n[key] for n in numbers.values() if n.get(key) is not None]
-
-
-def mean_std(values):
-    """Mean and standard deviation (over n - 1; 0 for one) along the first axis."""
-    values = np.asarray(values, dtype=float)
-    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
 
 
 def cell(values, digits):
@@ -391,73 +343,32 @@ def table(group, rows):
 
 
 def tables(results):
-    """-> (group's name, its table) of every group with results."""
-    found = finished(results)
-    for name, group in GROUPS.items():
-        rows = collect(name, found, results)
+    """-> (group, its table) of every group with results."""
+    for name in GROUPS:
+        rows = results.rows(name)
         if rows:
-            yield name, table(group, rows)
+            yield name, table(GROUPS[name], rows)
 
 
 # ----------------------------------------------------------------------------------- the pictures
 
-COLOUR = {"kl": "#000000", "sba_5": "#cb181d", "be": "#2166ac", "lr": "#1b7837"}
-
-
-def label(row):
-    """kl_gan -> KL gan"""
-    first, *rest = row.split("_")
-    return " ".join([first.upper(), *rest])
-
-
 def lambda_picture(rows):
-    """Modes kept, and how evenly, against lambda: a line a ratio and batch; below, parts apart."""
-    fig, axes = pyplot().subplots(2, 2, figsize=(12, 11), layout="constrained")
-    for column, (key, title, top) in zip(axes.T, (("modes_covered", "modes kept, of 8", 8.6),
-                                                  ("mode_tv", "mode weights' TV", 1))):
-        for i, (line, (text, _, lambdas, colour)) in enumerate(LINES.items()):
-            lambdas = [lam for lam in lambdas if f"{line}_{lam:g}" in rows]
-            if not lambdas:
-                continue
-            points = [values_of(rows, f"{line}_{lam:g}", key) for lam in lambdas]
-            mean, std = zip(*map(mean_std, points))
-            at = np.array([LAMBDAS.index(lam) for lam in lambdas])
-            style = dict(color=colour, label=text, capsize=6)
-            if line in ("learned_256", "level", "sample"):
-                where = 0.27 * (0 if line == "learned_256" else i - 3)
-                shown = [j for j, lam in enumerate(lambdas) if lam in LINES["level"][2]]
-                style["label"] = "both parts" if line == "learned_256" else text
-                column[1].bar(at[shown] + where, np.array(mean)[shown], 0.27,
-                              yerr=np.array(std)[shown], **style)
-            if i < 4:
-                column[0].errorbar(at + 0.06 * (i - 1.5), mean, std, marker="o", ms=10,
-                                   **style | dict(label=text))
-        for ax, shown in zip(column, (LAMBDAS, LINES["level"][2])):
-            ax.set_xticks([LAMBDAS.index(lam) for lam in shown], [f"{lam:g}" for lam in shown])
-            ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-               title="the weight, or one part of it (learned ratio, batch 256)")
-    return fig
+    """Is it the divergence, the classifier or the batch that drops modes? Below, a weight's parts."""
+    about = ("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)
 
-
-def panels(students, columns):
-    """Samples in the plane: (title, x (N, 2), target) in a grid."""
-    height = math.ceil(len(students) / columns)
-    fig, axes = pyplot().subplots(height, columns, squeeze=False, layout="constrained",
-                                  figsize=(12, 12 * height / columns + 0.4 * height))
-    for ax in axes.flat[len(students):]:
-        ax.axis("off")
-    for ax, (title, x, target) in zip(axes.flat, students):
-        plane(ax, x, target)
-        ax.set_title(title, fontsize=17)
-    return fig
+    def points(line):
+        found = {lam: f"{line}_{lam:g}" for lam in LINES[line][2]}
+        return {lam: {key: values_of(rows, row, key) for key, *_ in about}
+                for lam, row in found.items() if row in rows}
+    lines, bars = ({text: (colour, found) for line, (text, _, _, colour) in LINES.items()
+                    if line in names and (found := points(line))} for names in (RATIOS, WEIGHTS))
+    return lambdas(lines, bars, LAMBDAS, about)
 
 
 def students(rows, title):
     """-> (title(row, result), samples, target) of each row's first seed."""
-    for row, by_seed in rows.items():
-        done = by_seed[min(by_seed)]
+    for row, seeds in rows.items():
+        done = seeds[min(seeds)]
         if (done.folder / "samples.npy").exists():
             x = np.load(done.folder / "samples.npy").astype(np.float32)
             yield title(row, done.result), x, TARGETS[done.result["config"]["target"]]
@@ -466,67 +377,34 @@ def students(rows, title):
 def modes_picture(rows):
     ring = TARGETS["ring8"]
     teacher = "the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring
-    return panels([teacher, *students(rows, lambda row, r: f"{label(row)}: {r['modes_covered']}")], 5)
+    shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']}")
+    return panels([teacher, *shown], 5)
 
 
 def exercises_picture(rows):
-    return panels(list(students(rows, lambda row, r: EXERCISES[row][0])), 4)
+    return panels(list(students(rows, lambda row, result: EXERCISES[row][0])), 4)
 
 
-def curves(rows):
-    """Runs on images: mean over seeds, a band of one standard deviation, against images seen."""
-    logs = {row: [done.log for done in by_seed.values()] for row, by_seed in rows.items()}
-    keys = [k for k in ("to_teacher", "to_data", "score", "precision", "recall", "log_r_std")
-            if any(k in log[-1] for many in logs.values() for log in many)]
-    height = math.ceil(len(keys) / 2)
-    fig, axes = pyplot().subplots(height, 2, figsize=(12, 4.5 * height), squeeze=False,
-                                  layout="constrained")
-    for ax, key in zip(axes.flat, keys):
-        for i, (row, many) in enumerate(logs.items()):
-            series = [[(r["kimg"], r[key]) for r in log if key in r] for log in many]
-            n = min(map(len, series))
-            if n:
-                x = [kimg for kimg, _ in series[0][:n]]
-                mean, std = mean_std([[value for _, value in s[:n]] for s in series])
-                colour = COLOUR.get(row, f"C{i}")
-                ax.plot(x, mean, "o-", color=colour, label=label(row))
-                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-        ax.set(xlabel="generated images (thousands)", title=COLUMNS[key][0],
-               yscale="log" if key in ("to_teacher", "to_data") else "linear")
-    for ax in axes.flat[len(keys):]:
-        ax.axis("off")
-    axes.flat[0].legend()
-    return fig
+def curves_picture(rows):
+    keys = ("to_teacher", "to_data", "score", "precision", "recall", "log_r_std")
+    return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
+                  {key: COLUMNS[key][0] for key in keys})
 
 
-def dots(rows):
-    """Each h on images, a dot a seed; and the same against the power of r that the weights had."""
-    fig, (top, low) = pyplot().subplots(2, 1, figsize=(12, 12), layout="constrained")
-    for i, (row, by_seed) in enumerate(rows.items()):
-        key = "to_teacher" if values_of(rows, row, "to_teacher") else "to_data"
-        style = dict(ls="", marker="o", ms=14, alpha=0.7, color=COLOUR.get(row, f"C{i}"))
-        values = values_of(rows, row, key)
-        top.plot([i] * len(values), values, **style)
-        top.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color=style["color"])
-        lam = power(next(iter(by_seed.values())).result["config"])
-        if lam is not None:
-            tau = values_of(rows, row, "tau")
-            low.plot(lam * np.array(tau), values, **style, label=label(row))
-    top.set_xticks(range(len(rows)), [label(row).replace(" ", "\n") for row in rows])
-    top.set_ylabel(f"distance {COLUMNS[key][0]}")
-    low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=top.get_ylabel())
-    low.legend(ncols=2)
-    return fig
+def dots_picture(rows):
+    points = {}
+    for row, seeds in rows.items():
+        lam = power(seeds[min(seeds)].result["config"])
+        powers = [] if lam is None else [lam * tau for tau in values_of(rows, row, "tau")]
+        points[row] = values_of(rows, row, "to_teacher"), powers
+    return dots(points, "distance to the teacher's samples")
 
 
-PICTURES = {        # in figures/: its group, and what draws it
-    "plane_lam.png": ("plane_lam", lambda_picture), "toy2d_modes.png": ("every_h", modes_picture),
-    "exercises.png": ("exercises", exercises_picture), "images.png": ("images", curves),
-    "images_every_h.png": ("images_every_h", dots), "f_distill.png": ("f_distill", curves),
-    "paper_rates.png": ("paper_rates", curves), "paper_setting.png": ("paper_setting", curves),
-    "paper_parts.png": ("paper_parts", curves), "paper_long.png": ("paper_long", curves),
-    "paper.png": ("paper", curves),
-}
+PICTURES = {        # group -> file in figures/, what draws it; the other groups on images have curves
+    "plane_lam": ("plane_lam", lambda_picture), "every_h": ("toy2d_modes", modes_picture),
+    "exercises": ("exercises", exercises_picture),
+} | {name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR}
+PICTURES["images_every_h"] = "images_every_h", dots_picture
 COPIES = {          # pictures that a run draws itself
     "toy2d_kl.png": ("every_h", "kl", "picture.png"),
     "toy2d_sba_5.png": ("every_h", "sba_5", "picture.png"),
@@ -535,76 +413,60 @@ COPIES = {          # pictures that a run draws itself
 }
 
 
-def draw(groups, figures):
-    """Write every picture whose group, in name -> rows, has results."""
+def draw(results, figures):
+    """Write every picture whose group has results."""
     bregman.plot(figures / "weights.png")
-    for file, (name, picture) in PICTURES.items():
-        if groups[name]:
-            save_figure(picture(groups[name]), figures / file, dpi=100)
+    for name, (file, picture) in PICTURES.items():
+        rows = results.rows(name)
+        if rows:
+            save_figure(picture(rows), figures / f"{file}.png", dpi=100)
     for file, (name, row, source) in COPIES.items():
-        done = groups[name].get(row, {}).get(0)
+        done = results.rows(name).get(row, {}).get(0)
         if done and (done.folder / source).exists():
             with atomic(figures / file) as tmp:
                 shutil.copyfile(done.folder / source, tmp)
 
 
-def animate(rows, file):
-    """The students of seed 0 on their way, KL beside SBA 5, from frames.npz."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    films = {}
+def draw_gif(results, figures):
+    """KL beside SBA 5, of seed 0."""
+    films, rows = {}, results.rows("every_h")
     for row in ("kl", "sba_5"):
-        shots = rows.get(row, {}).get(0)
-        if not shots or not (shots.folder / "frames.npz").exists():
+        done = rows.get(row, {}).get(0)
+        if not done or not (done.folder / "frames.npz").exists():
             raise FileNotFoundError(f"--gif: no frames of every_h's {row}: --run every_h makes them")
-        films[label(row)] = dict(np.load(shots.folder / "frames.npz"))
-    fig, axes = pyplot().subplots(1, 2, figsize=(9, 5), layout="constrained")
-
-    def frame(i):
-        for ax, (name, shots) in zip(axes, films.items()):
-            i = min(i, len(shots["step"]) - 1)
-            ax.clear()
-            plane(ax, shots["x"][i].astype(np.float32), TARGETS["ring8"], size=12)
-            ax.set_title(f"{name}, step {shots['step'][i]}")
-    longest = max(len(shots["step"]) for shots in films.values())
-    movie = FuncAnimation(fig, frame, frames=longest + 8)       # the last one stays a while
-    with atomic(file) as tmp:
-        movie.save(tmp, PillowWriter(fps=6), dpi=60)
-    pyplot().close(fig)
+        films[label(row)] = dict(np.load(done.folder / "frames.npz"))
+    animate(films, TARGETS["ring8"], figures / "toy2d.gif")
 
 
 def main(argv):
     parser = Parser(prog="experiments.py", description=__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="*", choices=GROUPS, metavar="GROUP", default=None,
                         help=f"first run what is missing of these, or of all: {' '.join(GROUPS)}")
-    parser.add("seeds", count, None, "runs of a row, at most (those of the group)")
-    parser.add("jobs", count, 1 if torch.cuda.is_available() else os.cpu_count(),
-               "runs at a time")
-    parser.add_argument("--gif", action="store_true", help="also the animation, of every_h's runs")
+    parser.add("seeds", count, None, "at most so many runs of a row (as many as its group has)")
+    parser.add("jobs", count, 1 if torch.cuda.is_available() else os.cpu_count(), "runs at a time")
+    parser.add_argument("--gif", action="store_true", help="also figures/toy2d.gif, KL and SBA 5")
     parser.add("results", path, None, "where runs are (results)")
     parser.add("figures", path, None, "where pictures go (figures)")
     args = parser.parse_args(argv)
-    results, figures = ((given or HERE / name).resolve() for given, name in (
-        (args.results, "results"), (args.figures, "figures")))
-    status = 0
+    folder, figures = args.results or HERE / "results", args.figures or HERE / "figures"
+    results, status = Results(folder.resolve()), 0
     if args.run is not None:
         names = args.run or [name for name, group in GROUPS.items() if not group.named]
-        jobs = missing(runs_of(names, args.seeds or math.inf), results)
-        status = run_all(jobs, results, args.jobs)
-        if status > 1:
-            return status
-    found = finished(results)
-    groups = {name: collect(name, found, results) for name in GROUPS}
-    if not status and not any(groups.values()):
-        raise FileNotFoundError(f"no results in {results}: --run makes them")
-    draw(groups, figures)
+        runs = runs_of(names, args.seeds or math.inf)
+        status = run_all(results.missing(runs), HERE, args.jobs)
+        results = Results(folder.resolve())
+    if status > 1 or status and not results.found:
+        return status
+    if not results.found:
+        raise FileNotFoundError(f"no results in {folder}: --run makes them")
+    draw(results, figures)
     if args.gif:
-        animate(groups["every_h"], figures / "toy2d.gif")
+        draw_gif(results, figures)
     print("mean ± standard deviation (over n - 1) of the seeds")
-    for name, rows in groups.items():
-        if rows:
-            group = GROUPS[name]
-            print(f"\n{name}: {group.title} ({group.script} {group.common})".replace(" )", ")"))
-            print(f"\n{table(group, rows)}", end="")
+    for name, text in tables(results):
+        group = GROUPS[name]
+        command = f"{group.script} {group.common}".strip()
+        print(f"\n{name}: {group.title}, by {command}\n\n{text}", end="")
     return status
 
 

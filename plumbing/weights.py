@@ -106,8 +106,8 @@ def read_weights(path):
 
 
 def check_weights(state, name):
-    """-> the state dict in float32. Raises ValueError, naming the file `name` and the tensor, for
-    anything but plain tensors of finite real numbers."""
+    """Raises ValueError, naming the file `name` and the tensor, unless `state` is a state dict of
+    plain tensors of finite real numbers, of any precision."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{name}: it holds no weights")
     for key, v in state.items():
@@ -117,7 +117,6 @@ def check_weights(state, name):
             raise ValueError(f"{name}: {key} is {_form(v)}, not a plain tensor of real numbers")
         if not v.float().isfinite().all():
             raise ValueError(f"{name}: {key} holds a number that is not finite")
-    return {key: v.float() for key, v in state.items()}
 
 
 def read_checkpoint(path, what):

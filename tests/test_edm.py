@@ -93,7 +93,7 @@ def test_sample_depends_on_the_seed_alone():
     net = compact()
     images = sample(net, 5, steps=3, seed=7)
     assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, sample(net, 5, sigmas=grid(3), seed=7))
+    assert torch.equal(images, sample(net, 5, sigmas=torch.tensor(grid(3)), seed=7))
     for batch in (1, 2):                                    # other batches round differently
         other = sample(net, 5, steps=3, seed=7, batch=batch)
         assert (images.int() - other.int()).abs().max() <= 1
@@ -133,7 +133,7 @@ def test_guidance_against_its_formula():
 def test_the_weak_network_rests_outside_the_interval():
     good, weak, x = Gaussian(0.5), Gaussian(1.0), torch.ones(2, 3, 4, 4)
     guided = Guided(good, weak, 2.0, low=0.5, high=2.0)
-    for sigma in (0.4, 2.1, torch.tensor([0.4, 2.1]), torch.tensor([0.1, 0.2])[:, None, None, None]):
+    for sigma in (0.4, 2.1, torch.tensor([0.4, 2.1]), torch.tensor([[[[0.1]]], [[[0.2]]]])):
         guided(x, sigma)
     assert weak.levels == [] and len(good.levels) == 6
     guided(x, torch.tensor([0.4, 1.0]))
@@ -224,8 +224,9 @@ def test_dropout_differs_from_step_to_step(monkeypatch):
 def test_the_rate_rises_falls_and_decays():
     cfg = TrainConfig(**TINY | dict(lr=2.0, kimg=100, warmup_kimg=10, ref_kimg=20, decay=20))
     trainer = Trainer(cfg, IMAGES)
-    for kimg, rate in ((0, 0.0), (5, 1.0), (10, 2.0), (20, 2.0), (80, 1.0), (90, 1 / math.sqrt(4.5)),
-                       (95, 0.5 / math.sqrt(4.75)), (100, 0.0), (120, 0.0)):
+    for kimg, rate in ((0, 0.0), (5, 1.0), (10, 2.0), (20, 2.0), (80, 1.0),
+                       (90, 1 / math.sqrt(4.5)), (95, 0.5 / math.sqrt(4.75)), (100, 0.0),
+                       (120, 0.0)):
         trainer.seen = 1000 * kimg
         assert trainer.rate() == pytest.approx(rate), kimg
     trainer.seen = 90_000

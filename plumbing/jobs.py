@@ -1,0 +1,52 @@
+"""Many runs, some at a time, each a process of one thread that yields to other work."""
+import os
+import subprocess
+import sys
+import time
+
+from plumbing.run import Stop
+
+
+def start(command, folder, cwd):
+    """-> the process, whose words go to folder/log.txt; it gets no signal of the terminal's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    return process
+
+
+def last_line(file):
+    lines = file.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def run_all(commands, cwd, at_once):
+    """Run folder -> command, `at_once` of them at a time. One that fails is told in a line, and the
+    others go on. A signal is handed on once, so that a run can save; no other run is then begun.
+    -> exit status: 0; 1 where one failed; 128 + the signal's number."""
+    waiting, running, done, failed, told = dict(commands), {}, 0, 0, False
+    with Stop() as stop:
+        while running or waiting and not stop.number:
+            while waiting and len(running) < at_once and not stop.number:
+                folder = next(iter(waiting))
+                running[folder] = start(waiting.pop(folder), folder, cwd)
+            if stop.number and not told:
+                told = True
+                for process in running.values():
+                    process.terminate()
+            time.sleep(0.1)
+            for folder in [f for f, process in running.items() if process.poll() is not None]:
+                code, done = running.pop(folder).returncode, done + 1
+                if code and not told:
+                    failed += 1
+                    print(f"{folder} failed: {last_line(folder / 'log.txt')}", file=sys.stderr)
+                else:
+                    print(f"{done} of {len(commands)}: {folder}", file=sys.stderr, flush=True)
+    if stop.number:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + stop.number
+    return min(failed, 1)

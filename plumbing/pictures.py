@@ -1,0 +1,123 @@
+"""The pictures of experiments.py, 12 inches wide: letters of 17 points stay legible at 900 pixels.
+
+A row is a setting that was run with several seeds; rows are dictionaries, name -> something.
+"""
+import math
+
+import numpy as np
+
+from plumbing.files import atomic
+from plumbing.plots import plane, pyplot
+
+COLOUR = {"kl": "#000000", "sba_5": "#cb181d", "be": "#2166ac", "lr": "#1b7837"}
+
+
+def label(row):
+    """kl_gan -> KL gan"""
+    first, *rest = row.split("_")
+    return " ".join([first.upper(), *rest])
+
+
+def mean_std(values):
+    """Mean and standard deviation (over n - 1; 0 for one) along the first axis."""
+    values = np.asarray(values, dtype=float)
+    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+
+
+def grid_of_axes(n, columns, height):
+    """-> a figure and its first n axes; `height` is a row's, in inches."""
+    rows = math.ceil(n / columns)
+    fig, axes = pyplot().subplots(rows, columns, figsize=(12, height * rows), squeeze=False,
+                                  layout="constrained")
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, axes.flat[:n]
+
+
+def lambdas(lines, bars, ticks, about):
+    """What a run gave against lambda: lines above, bars below, a column for each of `about`, (key,
+    title, upper limit). lines, bars: label -> (colour, {lambda: {key: a value a seed}})."""
+    fig, axes = pyplot().subplots(2, len(about), figsize=(12, 11), layout="constrained")
+    for column, (key, title, top) in zip(axes.T, about):
+        for ax, rows in zip(column, (lines, bars)):
+            for i, (text, (colour, points)) in enumerate(rows.items()):
+                x = np.array([ticks.index(lam) for lam in points])
+                mean, std = np.array([mean_std(p[key]) for p in points.values()]).T
+                if rows is lines:
+                    ax.errorbar(x + 0.06 * i, mean, std, color=colour, label=text, marker="o",
+                                ms=10, capsize=6)
+                else:
+                    ax.bar(x + 0.27 * (i - 1), mean, 0.27, yerr=std, color=colour, label=text,
+                           capsize=6)
+            ax.set_xticks(*zip(*[(i, f"{lam:g}") for i, lam in enumerate(ticks)
+                                 if any(lam in points for _, points in rows.values())]))
+            ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
+    for ax, where, columns in ((axes[0, 0], "upper", 2), (axes[1, 0], "lower", 3)):
+        fig.legend(*ax.get_legend_handles_labels(), loc=f"outside {where} center", ncols=columns)
+    return fig
+
+
+def panels(students, columns):
+    """Samples in the plane, a panel each: (title, x (N, 2), the target)."""
+    fig, axes = grid_of_axes(len(students), columns, 12 / columns + 0.4)
+    for ax, (title, x, target) in zip(axes, students):
+        plane(ax, x, target)
+        ax.set_title(title, fontsize=17)
+    return fig
+
+
+def curves(logs, titles):
+    """Runs on images: mean over seeds, and a band of one standard deviation, against images seen.
+    logs: row -> the rows of log.csv of each seed; titles: column -> title, of which those are drawn
+    that some run has."""
+    titles = {k: title for k, title in titles.items()
+              if any(k in log[-1] for seeds in logs.values() for log in seeds)}
+    fig, axes = grid_of_axes(len(titles), 2, 4.5)
+    for ax, (key, title) in zip(axes, titles.items()):
+        for i, (row, seeds) in enumerate(logs.items()):
+            series = [[(r["kimg"], r[key]) for r in log if key in r] for log in seeds]
+            n = min(map(len, series))
+            if n:
+                x = [kimg for kimg, _ in series[0][:n]]
+                mean, std = mean_std([[value for _, value in s[:n]] for s in series])
+                colour = COLOUR.get(row, f"C{i}")
+                ax.plot(x, mean, "o-", color=colour, label=label(row))
+                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        ax.set(xlabel="generated images (thousands)", title=title,
+               yscale="log" if key.startswith("to_") else "linear")
+    axes[0].legend()
+    return fig
+
+
+def dots(rows, title):
+    """A dot a seed, a bar their mean; below, the same against the power of r that weighed samples.
+    rows: row -> (a value a seed, the power of each seed, or nothing for a weight that is none)."""
+    fig, (top, low) = pyplot().subplots(2, 1, figsize=(12, 12), layout="constrained")
+    for i, (row, (values, powers)) in enumerate(rows.items()):
+        style = dict(color=COLOUR.get(row, f"C{i}"), ls="", marker="o", ms=14, alpha=0.7)
+        top.plot([i] * len(values), values, **style)
+        top.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color=style["color"])
+        if powers:
+            low.plot(powers, values, **style, label=label(row))
+    top.set_xticks(range(len(rows)), [label(row).replace(" ", "\n") for row in rows])
+    top.set_ylabel(title)
+    low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=title)
+    low.legend(ncols=2)
+    return fig
+
+
+def animate(films, target, file):
+    """Students on their way, side by side. films: title -> a dictionary of frames.npz's step and x."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    fig, axes = pyplot().subplots(1, len(films), figsize=(9, 5), layout="constrained")
+
+    def frame(i):
+        for ax, (title, shots) in zip(axes, films.items()):
+            j = min(i, len(shots["step"]) - 1)                  # the last one stays a while
+            ax.clear()
+            plane(ax, shots["x"][j].astype(np.float32), target, size=14)
+            ax.set_title(f"{title}, step {shots['step'][j]}")
+    movie = FuncAnimation(fig, frame, frames=8 + max(len(s["step"]) for s in films.values()))
+    with atomic(file) as tmp:
+        movie.save(tmp, PillowWriter(fps=6), dpi=60)
+    pyplot().close(fig)

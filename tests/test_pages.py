@@ -1,0 +1,315 @@
+"""README, results, exercises, solutions: links, the quotation, commands, options, edits and numbers.
+
+Nothing is run here, only parsed: .ci/commands.py runs every command.
+"""
+import argparse
+import ast
+import csv
+import importlib
+import inspect
+import json
+import re
+import shlex
+import statistics
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from plumbing.options import Parser
+
+HERE = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "results.md", "exercises.md", "solutions.md", "pretrained/README.md",
+         "CHANGELOG.md")
+TEXT = {name: (HERE / name).read_text() for name in PAGES}
+SCRIPTS = ("bregman", "toy2d", "cifar_distill", "edm", "fid", "experiments", "bench")
+
+
+# ----------------------------------------------------------- what a page says, read from its text
+
+def blocks(page, language=""):
+    """A page's fenced blocks in one language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT[page], re.S | re.M)
+    return [text for name, text in found if name == language]
+
+
+def commands(page):
+    """A page's commands in their order, once each: "toy2d.py --h kl", without comments."""
+    lines = [line.partition("  #")[0] for text in blocks(page) for line in text.splitlines()]
+    ends = [line.rpartition("&&")[2].strip() for line in lines]
+    starts = re.compile(r"(?:python|torchrun --\S+) (\w+\.py.*)")
+    return list(dict.fromkeys(m[1] for m in map(starts.fullmatch, ends) if m))
+
+
+def edits():
+    """-> (exercise, file, [(old, new), ...]) of every diff in solutions.md; @@ parts its hunks."""
+    found = []
+    for section in re.split(r"^## ", TEXT["solutions.md"], flags=re.M):
+        for block in re.findall(r"^```diff\n--- (\S+)\n(.*?)^```$", section, re.S | re.M):
+            hunks = [hunk.splitlines() for hunk in re.split(r"^@@\n", block[1], flags=re.M)]
+            pairs = [["\n".join(line[1:] for line in hunk if line[:1] in (" ", sign))
+                      for sign in "-+"] for hunk in hunks]
+            found.append((section.partition(".")[0], block[0], pairs))
+    return found
+
+
+def apply(pairs, text):
+    """Make an edit's changes. Each old text must be there exactly once."""
+    for old, new in pairs:
+        assert old and old != new and text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def rows(table):
+    """Lines of a Markdown table -> its head and its rows, cells stripped."""
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    return cells[0], cells[2:]
+
+
+def tables(page):
+    """-> (source, head, rows) of the tables below a comment <!-- results/... -->."""
+    marked = r"^<!-- (results/[^>]*) -->\n\n?((?:^\|.*\n)+)"
+    return [(m[1], *rows(m[2])) for m in re.finditer(marked, TEXT[page], re.M)]
+
+
+# ------------------------------------------------------------------------- the options of scripts
+
+class Parsed(Exception):
+    """Ends a script's main after its command line."""
+
+
+def parse(script, argv):
+    """Read a command line as the script does. -> its parser; ends there."""
+    read = Parser.parse_args
+
+    def stop(parser, words=None, namespace=None):
+        read(parser, words, namespace)
+        raise Parsed(parser)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as found:
+        patch.setattr(Parser, "parse_args", stop)
+        importlib.import_module(script).main(argv)
+    return found.value.args[0]
+
+
+def flags(script):
+    """Every --option that a script takes, in any of its commands."""
+    smallest = dict(toy2d=[[]], cifar_distill=[[], ["sample", "x"]], fid=[["x"], ["train"]],
+                    edm=[["sample", "x"]])
+    found, todo = set(), [parse(script, argv) for argv in smallest.get(script, [[]])]
+    for parser in todo:
+        for action in parser._actions:
+            found |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                todo.extend(action.choices.values())
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_accepted(page):
+    for command in commands(page):
+        script, _, rest = command.partition(".py")
+        parse(script, shlex.split(rest))
+
+
+def test_there_are_commands():
+    assert len(commands("README.md")) > 5 and len(commands("exercises.md")) > 10
+
+
+def test_options_exist():
+    """Every --option that a page names in code belongs to a script; the CHANGELOG's old ones to
+    none, since its tables say what became of them."""
+    known = {script: flags(script) for script in SCRIPTS}
+    for page in PAGES[:-1]:
+        prose = re.sub(r"```.*?```", "", TEXT[page], flags=re.S)
+        for code in re.findall(r"`([^`]*)`", prose):
+            for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
+                assert any(option in each for each in known.values()), f"{page}: {option}"
+    gone = re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", TEXT["CHANGELOG.md"], re.M)
+    assert len(gone) > 5
+    for script, cell in gone:
+        for option in re.findall(r"`(--[\w-]+)`", cell):
+            assert option not in known.get(script, ()), f"{script}.py still has {option}"
+
+
+# ------------------------------------------------------------------------------- links and names
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    def anchors(text):
+        heads = re.findall(r"^#+ (.*)$", text, re.M)
+        return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+    text = re.sub(r"```.*?```", "", TEXT[page], flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (HERE / page).parent / file if file else HERE / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page):
+    """Of tests and of files, in code."""
+    code = "".join(p.read_text() for p in [*HERE.glob("test_*.py"), *HERE.glob("tests/test_*.py")])
+    for name in re.findall(r"`(test_\w+)`", TEXT[page]):
+        assert f"def {name}(" in code, name
+    if page != "CHANGELOG.md":
+        folders = "figures|results|pretrained|fixtures|plumbing|tests"
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", TEXT[page]):
+            assert (HERE / name).exists() or name.endswith("checkpoint.pt"), name
+        for name in re.findall(r"`(\w+\.py)`", TEXT[page]):
+            assert (HERE / name).exists() or (HERE / "tests" / name).exists(), name
+
+
+def test_readme_is_short():
+    assert len(TEXT["README.md"].splitlines()) <= 200
+    assert len(TEXT["README.md"].encode()) <= 16 * 1024
+
+
+def test_readme_quotes_the_code():
+    """The twelve lines stand in Distiller.step of toy2d.py, one after the other."""
+    quoted, = blocks("README.md", "python")
+    assert len(quoted.splitlines()) == 12
+    step = inspect.getsource(importlib.import_module("toy2d").Distiller.step)
+    assert textwrap.indent(quoted, 8 * " ") in step
+
+
+@pytest.mark.parametrize("exercise, file, pairs", [pytest.param(*e, id=f"{e[0]} {e[1]}")
+                                                   for e in edits()])
+def test_solutions_edits_apply(exercise, file, pairs):
+    ast.parse(apply(pairs, (HERE / file).read_text()))
+
+
+def test_there_are_edits():
+    assert {exercise for exercise, _, _ in edits()} == {"1", "2", "3"}
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+KEYS = {        # a column of a table -> a run's number
+    "modes": "modes_covered", "mode TV": "mode_tv", "on a mode": "on_mode", "KL(p‖q)": "kl_pq",
+    "KL(q‖p)": "kl_qp", "log r error": "log_r_error", "ESS": "ess",
+    "to the teacher's samples": "to_teacher", "to the data": "to_data", "IS-compact": "score",
+    "std of log r": "log_r_std", "tau": "tau", "less KL's": "less_kl",
+}
+
+
+EDITED = re.compile("exercise_(lecam|swap|through)_")       # runs of changed code, named in a table
+
+
+def plain(value):
+    """A value of a config, or a word of a command line, as text: 0.5, 1024, two-stage."""
+    text = str(value)
+    return f"{float(text):g}" if re.fullmatch(r"-?\d[\d.e-]*", text) else text
+
+
+def numbers(path, kimg):
+    """A run's result.json; with kimg, the row of its log.csv after so many thousand images,
+    or None where the run has none."""
+    result = json.loads(path.read_text())
+    if not kimg:
+        return result
+    with open(path.with_name("log.csv")) as f:
+        log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    row = min(log, key=lambda row: abs(row["kimg"] - kimg))
+    return row | {"config": result["config"]} if abs(row["kimg"] - kimg) < 0.1 else None
+
+
+class Runs:
+    """The runs below a folder, found by options: a run's are where its config differs from the
+    value that most runs have."""
+
+    def __init__(self, folder, kimg=None):
+        found = {p.parent.name: numbers(p, kimg) for p in (HERE / folder).glob("*/result.json")}
+        self.of = {name: run for name, run in found.items() if run}
+        configs = [run["config"] for run in self.of.values()]
+        self.common = {key: statistics.mode([plain(c.get(key)) for c in configs])
+                       for key in set().union(*configs) - {"h", "lam", "seed", "kimg"}}
+        base = {run["config"]["seed"]: run["to_teacher"] for run in self.find("--h kl")} if kimg else {}
+        for run in self.of.values():
+            if run["config"]["seed"] in base:
+                run["less_kl"] = run["to_teacher"] - base[run["config"]["seed"]]
+
+    def options(self, config):
+        lam = f" {config['lam']:g}" if config["h"] == "sba" else ""
+        return {"h": config["h"] + lam} | {
+            key: plain(config.get(key)) for key, usual in self.common.items()
+            if plain(config.get(key)) != usual}
+
+    def find(self, code):
+        """Of a row, by what its first cell has in code: options, or a run's name."""
+        if not code.startswith("--"):
+            return [run for name, run in self.of.items() if name.startswith(code)]
+        options = {}
+        for word in shlex.split(code):
+            if word.startswith("--"):
+                last = word[2:].replace("-", "_")
+            options[last] = "True" if word.startswith("--") else plain(word)
+        if "lam" in options:
+            options["h"] += f" {options.pop('lam')}"
+        options = {key: value for key, value in options.items() if self.common.get(key) != value}
+        return [run for name, run in self.of.items()
+                if self.options(run["config"]) == options and not EDITED.match(name)]
+
+
+def mean_std(values, digits):
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def column(head):
+    """"log r error, old ruler" -> log_r_error."""
+    return KEYS[head.partition(",")[0]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page):
+    """Means and standard deviations (over n - 1), from the files that the runs wrote."""
+    for source, head, body in tables(page):
+        folder, _, after = source.partition(" after ")
+        if folder.endswith(".txt"):
+            continue
+        runs = Runs(folder, float(after.split()[0].replace(",", "")) / 1e3 if after else None)
+        for first, *cells in body:
+            mine = runs.find(re.search(r"`([^`]+)`", first)[1])
+            assert mine, f"{page}: no run of {first} in {folder}"
+            for name, cell in zip(head[1:], cells):
+                if name == "seeds":
+                    expected = str(len(mine))
+                else:
+                    values = [run[column(name)] for run in mine]
+                    digits = len(re.match(r"-?\d+\.?(\d*)", cell)[1])
+                    expected = mean_std(values, digits)
+                assert cell == expected, f"{page}: {first}, {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_output(page):
+    """A row of a table made of a .txt in results/ is a line of it, or has the numbers that a
+    command printed there: the one named in the row's first cell."""
+    for source, _, body in tables(page):
+        if not source.endswith(".txt"):
+            continue
+        lines = (HERE / source).read_text().splitlines()
+        for row in body:
+            named = re.search(r"`([^`]+)`", row[0])
+            if not named:
+                assert "| " + " | ".join(row) + " |" in lines, row
+                continue
+            at, = [i for i, line in enumerate(lines) if line.startswith("$")
+                   and re.search(re.escape(named[1]) + r"(\s|/|$)", line)]
+            for number in re.findall(r"\d+\.\d+|\d{3,}", " ".join(row[1:])):
+                assert re.search(rf"\b{re.escape(number)}\b", lines[at + 1]), (source, row, number)
+
+
+def test_there_are_tables_of_numbers():
+    assert sum(len(tables(page)) for page in PAGES) > 10
+
+
+def test_the_bare_commands_number():
+    """What README's first command should give is what it gave."""
+    result = json.loads((HERE / "results/bare/result.json").read_text())
+    for row in (result["before"], result["after"]):
+        assert f"{row['to_teacher']:.2f}" in TEXT["README.md"]
