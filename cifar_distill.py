@@ -13,7 +13,6 @@ from plumbing.run import (all_mean, check_finite, gather, load_generator, rank, 
 import argparse
 import copy
 import json
-import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import bregman
 import fid
@@ -58,7 +56,7 @@ class Config:
     batch: count = 32           # images a step, over all processes
     lr_g: positive = 2e-4       # generator's Adam
     lr_f: positive = 4e-4       # fake network's: score and classifier
-    decay_kimg: nonnegative = 4.0       # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
+    decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
     t_min: share = 0.15         # the generator's noise levels: from this
@@ -67,17 +65,18 @@ class Config:
     p_mean: real = -0.6         # the fake network's: ln sigma is normal with this mean
     p_std: positive = 1.6       # and this standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["level", "batch", "two-stage"] = "level"  # log r less its running mean at its noise
-                                # level, as it is, or by f-distill's bins; weights have batch mean one
-    part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level, or
-                                # what is left within a level
+    norm: Literal["level", "batch", "two-stage"] = "level"  # log r less its running mean at its
+                                # noise level, as it is, or by f-distill's bins; weights have batch
+                                # mean one
+    part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
+                                # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0        # bound on each gradient value of the fake network, 0: none
     seed: torch_seed = 0              # of all random numbers
-    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1, mps
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"   # cpu, cuda, cuda:1, mps
     amp: Literal["no", "bf16", "fp16"] = "no"   # autocast
     gradient_checkpointing: bool = False    # a third more time, for the memory of a small card
     features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
@@ -121,12 +120,13 @@ class Distiller:
 
     def __init__(self, cfg, teacher, images, labels=None):
         self.cfg, self.h = cfg, bregman.get(cfg.h, cfg.lam)
+        torch.backends.cudnn.allow_tf32 = False     # the update is a small difference of networks
         self.images = images.to(cfg.device)
         self.labels = None if labels is None else labels.to(cfg.device)
         self.teacher = teacher.to(cfg.device).eval().requires_grad_(False)
         self.G, self.fake, self.ema = self.copy_weights()                               # line 1
         kind, half = torch.device(cfg.device).type, cfg.amp == "fp16"
-        adam = dict(betas=(0.0, 0.999), fused=kind in ("cpu", "cuda"))
+        adam = dict(betas=(0.0, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(trained(self.G), cfg.lr_g, **adam)
         self.opt_f = torch.optim.Adam(trained(self.fake), cfg.lr_f, **adam)
         self.scaler = {opt: torch.amp.GradScaler(kind, enabled=half)
@@ -137,7 +137,7 @@ class Distiller:
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)
         self.level = torch.zeros(bins, device=cfg.device)       # running mean of log r, or of log w
         self.seen = self.moves = 0                              # images, updates of the generator
-        self.sums = {}                                          # of what happened since the last row
+        self.sums = {}                          # of what happened since the last row
 
     def step(self):
         """Lines 3 to 22, once."""
@@ -309,10 +309,13 @@ class Distiller:
     def load(self, state, name):
         """Take up a state(), checked against this one. Raises ValueError, naming the place in the
         file `name`, for anything of another form."""
-        mine = self.state()
-        for key in ("seen", "moves", "level", "G", "fake", "ema", "scaler_g", "scaler_f"):
-            check_form(mine[key], state[key], f"{name}: {key}")
-        check_form({k: torch.zeros(2) for k in state["sums"]}, state["sums"], f"{name}: sums")
+        state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}    # the loop's
+        elsewhere = {k: state.get(k) for k in ("config", "generator", "sums", "opt_g", "opt_f")}
+        check_form(self.state() | elsewhere, state, f"{name}: state")
+        sums = state["sums"] if isinstance(state["sums"], dict) else {}
+        check_form({k: torch.zeros(2) for k in sums}, state["sums"], f"{name}: sums")
+        if min(state["seen"], state["moves"]) < 0:
+            raise ValueError(f"{name}: {state['seen']} images seen in {state['moves']} moves")
         for key in ("opt_g", "opt_f"):
             check_optimizer(getattr(self, key), state[key], f"{name}: {key}")
         for key in ("G", "fake", "ema", "opt_g", "opt_f"):
@@ -352,10 +355,11 @@ class Judge:
 
     def teachers_own(self):
         """The bank's distances: the floor. To the teacher: one half's to the other."""
-        if not self.bank:
+        if not self.bank or self.bank.features is None:         # statistics have no halves
             return {}
         (mu1, sigma1), (mu2, sigma2) = map(fid.stats, self.bank.features.tensor_split(2))
-        return {"to_data": fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma),
+        to_data = fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma)
+        return {"to_data": to_data,
                 "to_teacher": fid.frechet(mu1, sigma1, mu2, sigma2)}
 
 
@@ -379,23 +383,23 @@ def shipped(name):
 
 def beside(teacher, name):
     """"own": the teacher's samples, which lie beside its weights under its name."""
-    return shipped(teacher.removesuffix(".pt") + "_samples.zip") if name == "own" else shipped(name)
+    own = shipped(teacher).removesuffix(".pt") + "_samples.zip"
+    return own if name == "own" else shipped(name)
 
 
 def load_all(cfg):
     """-> teacher, images, labels. Process 0 comes first, since it may download."""
     if world() > 1 and rank() > 0:
         dist.barrier()
-    guide = cfg.guide and shipped(cfg.guide)
-    teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low,
-                          cfg.guide_high)
-    images, labels = load_images(beside(cfg.teacher, cfg.data))
+    guide, data = cfg.guide and shipped(cfg.guide), beside(cfg.teacher, cfg.data)
+    teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low, cfg.guide_high)
+    images, labels = load_images(data)
     if world() > 1 and rank() == 0:
         dist.barrier()
     if tuple(images.shape[1:]) != (3, 32, 32):
-        raise ValueError(f"{cfg.data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
+        raise ValueError(f"{data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
     if teacher.label_dim:
-        check_labels(labels, len(images), teacher.label_dim, cfg.data)
+        check_labels(labels, len(images), teacher.label_dim, data)
     return teacher, images, labels
 
 

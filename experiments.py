@@ -11,7 +11,6 @@ command that writes into results/ and figures/ by default.
 """
 from plumbing.run import run_main
 
-import csv
 import functools
 import json
 import math
@@ -28,8 +27,8 @@ import bregman
 import cifar_distill
 import toy2d
 from plane import TARGETS
-from plumbing.files import atomic, reading
-from plumbing.jobs import run_all
+from plumbing.files import atomic
+from plumbing.jobs import read, run_all
 from plumbing.options import Parser, count, path
 from plumbing.pictures import animate, curves, dots, label, lambdas, mean_std, panels
 from plumbing.plots import save_figure
@@ -70,10 +69,9 @@ LINES = {       # is it the divergence, the classifier or the batch? label, opti
     "learned_1024": ("learned ratio, batch 1024", "--batch 1024", LAMBDAS, "#fd8d3c"),
     "exact_256": ("exact ratio, batch 256", "--ratio exact", LAMBDAS, "#08519c"),
     "exact_1024": ("exact ratio, batch 1024", "--ratio exact --batch 1024", (1, 5), "#41b6c4"),
-    "level": ("noise levels alone", "--part level", (-1, 1, 5), "#969696"),
-    "sample": ("samples alone", "--part sample", (-1, 1, 5), "#238b45"),
+    "level": ("the weight's mean at each noise level", "--part level", (-1, 1, 5), "#969696"),
+    "sample": ("what is left within a level", "--part sample", (-1, 1, 5), "#238b45"),
 }
-RATIOS, WEIGHTS = list(LINES)[:4], ("learned_256", "level", "sample")       # above, and below
 PLANE_RATIO = {         # how log r is learned, and how far it is believed
     "kl_linear": "--h kl --head linear", "kl_mean": "--h kl --head mean",
     "kl_high": "--h kl --class-min 0.2", "kl_low": "--h kl --class-max 0.5",
@@ -196,10 +194,10 @@ class Run:
     row: str
     seed: int
     script: str
-    options: str                # "" for a run that is made by hand
+    options: str                # but the seed; "" for a run that is made by hand
 
     def config(self):
-        return config_of(self.script, self.options)
+        return config_of(self.script, self.options) | {"seed": self.seed}
 
     def identity(self):
         return identity(self.script, self.config())
@@ -215,47 +213,12 @@ def runs_of(names, most=math.inf):
         group = GROUPS[name]
         for seed in range(min(group.seeds, most)):
             for row, own in group.rows.items():
-                options = own and " ".join([*own.split(), *group.common.split(), f"--seed {seed}"])
+                options = own and f"{own} {group.common}"
                 runs.append(Run(f"{name}/{row}_seed{seed}", row, seed, group.script, options))
     return runs
 
 
 # ---------------------------------------------------------------------------- runs, and results
-
-@dataclass
-class Done:
-    """A finished run: result.json, and log.csv's rows (none in the plane)."""
-    folder: Path
-    result: dict
-    log: list
-
-    def numbers(self):
-        """What tables show."""
-        return self.log[-1] if self.log else self.result
-
-    def until(self, kimg):
-        """The same after so many thousand images, or None if it has no row there."""
-        if not self.log:
-            return self
-        end = kimg + self.result["config"]["batch"] / 1e3
-        log = [row for row in self.log if row["kimg"] < end]
-        return Done(self.folder, self.result, log) if log and log[-1]["kimg"] >= kimg else None
-
-
-def read(folder):
-    """-> Done, or None where no result is. Raises ValueError, naming the folder, for a bad one."""
-    log = []
-    if not (folder / "result.json").exists():
-        return None
-    with reading(folder, "a run's folder"):
-        result = json.loads((folder / "result.json").read_text())
-        result["config"]["h"]
-        if (folder / "log.csv").exists():
-            with open(folder / "log.csv") as f:
-                log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-            log[-1]["kimg"]
-    return Done(folder, result, log)
-
 
 class Results:
     """The finished runs in a folder. What was made by hand counts for its own row alone."""
@@ -296,8 +259,8 @@ class Results:
         for run in longest.values():
             out = self.folder / run.folder
             again = ["--resume"] if (out / "checkpoint.pt").exists() else []
-            commands[out] = [sys.executable, run.script, *run.options.split(), "--out", str(out),
-                             *again]
+            commands[out] = [sys.executable, run.script, *run.options.split(),
+                             "--seed", str(run.seed), "--out", str(out), *again]
         return commands
 
 
@@ -353,16 +316,18 @@ def tables(results):
 # ----------------------------------------------------------------------------------- the pictures
 
 def lambda_picture(rows):
-    """Is it the divergence, the classifier or the batch that drops modes? Below, a weight's parts."""
+    """Is it the divergence, the classifier or the batch that drops modes? Below, parts apart."""
     about = ("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)
 
-    def points(line):
-        found = {lam: f"{line}_{lam:g}" for lam in LINES[line][2]}
+    def points(line, several):
+        found = {lam: f"{line}_{lam:g}" for lam in several}
         return {lam: {key: values_of(rows, row, key) for key, *_ in about}
                 for lam, row in found.items() if row in rows}
-    lines, bars = ({text: (colour, found) for line, (text, _, _, colour) in LINES.items()
-                    if line in names and (found := points(line))} for names in (RATIOS, WEIGHTS))
-    return lambdas(lines, bars, LAMBDAS, about)
+    lines = {text: (colour, points(line, several))
+             for line, (text, options, several, colour) in LINES.items() if "part" not in options}
+    bars = {text: (LINES[line][3], points(line, LINES["level"][2])) for line, text in (
+        ("learned_256", "both"), ("level", "noise levels alone"), ("sample", "samples alone"))}
+    return lambdas(lines, bars, about)
 
 
 def students(rows, title):
@@ -377,7 +342,7 @@ def students(rows, title):
 def modes_picture(rows):
     ring = TARGETS["ring8"]
     teacher = "the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring
-    shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']}")
+    shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']} of 8")
     return panels([teacher, *shown], 5)
 
 
@@ -388,7 +353,7 @@ def exercises_picture(rows):
 def curves_picture(rows):
     keys = ("to_teacher", "to_data", "score", "precision", "recall", "log_r_std")
     return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
-                  {key: COLUMNS[key][0] for key in keys})
+                  {key: "distance " * key.startswith("to_") + COLUMNS[key][0] for key in keys})
 
 
 def dots_picture(rows):
@@ -400,7 +365,7 @@ def dots_picture(rows):
     return dots(points, "distance to the teacher's samples")
 
 
-PICTURES = {        # group -> file in figures/, what draws it; the other groups on images have curves
+PICTURES = {        # group -> file in figures/, what draws it; most groups on images have curves
     "plane_lam": ("plane_lam", lambda_picture), "every_h": ("toy2d_modes", modes_picture),
     "exercises": ("exercises", exercises_picture),
 } | {name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR}
@@ -433,7 +398,7 @@ def draw_gif(results, figures):
     for row in ("kl", "sba_5"):
         done = rows.get(row, {}).get(0)
         if not done or not (done.folder / "frames.npz").exists():
-            raise FileNotFoundError(f"--gif: no frames of every_h's {row}: --run every_h makes them")
+            raise FileNotFoundError(f"--gif: no frames of {row}: --run every_h makes them")
         films[label(row)] = dict(np.load(done.folder / "frames.npz"))
     animate(films, TARGETS["ring8"], figures / "toy2d.gif")
 

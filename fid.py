@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import download, load_images
 from plumbing.features import Classifier, read_measured, read_net, train_classifier
 from plumbing.files import atomic, claim, reading, save_atomic
-from plumbing.options import Parser, count, device, path, reader, seed, text
+from plumbing.options import Parser, count, path, reader, text, torch_device, torch_seed
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 CLASSIFIER = PRETRAINED / "compact_classifier.pt"
@@ -348,8 +348,8 @@ def train(argv, where):
     parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
     parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
     parser.add("epochs", count, 12, "times that it sees each image")
-    parser.add("seed", seed, 0, "of its weights and of the order of the images")
-    parser.add("device", device, where, "where to compute")
+    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
+    parser.add("device", torch_device, where, "where to compute")
     args = parser.parse_args(argv)
     tune_cpu()
     images, labels = load_images(args.data, "train")
@@ -381,7 +381,7 @@ def main(argv):
                "to the network's size: clean (Pillow's bicubic) or tf (TensorFlow 1's bilinear)")
     parser.add("splits", count, 10, "parts of A for the Inception Score, whose spread is printed")
     parser.add("batch", count, 64, "images a step")
-    parser.add("device", device, where, "where to compute")
+    parser.add("device", torch_device, where, "where to compute")
     parser.add("save", path, None, "an .npz for A's statistics, score, and features of 5000 images")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)

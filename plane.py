@@ -74,10 +74,12 @@ def log_q(G, x_t, sigma, cells=128):
     The plane of z is cut into cells x cells of equal probability. In one, z has a mean m and, on
     each axis, a variance v, and G is nearly its tangent: q_sigma is nearly the mean over cells of
     N(G(m), sigma^2 I + J diag(v) J^T). x_t: (N, 2), sigma: (N, 1). Raises ValueError for a student
-    that does not map the plane to the plane, or for cells below 2 or beyond 2048 (2 GB).
+    that does not map the plane to the plane, or for cells below 2 or beyond 1024 (3 GB).
     """
-    if not 2 <= cells <= 2048:
-        raise ValueError(f"cells must be from 2 to 2048, not {cells}")
+    if not 2 <= cells <= 1024:
+        raise ValueError(f"cells must be from 2 to 1024, not {cells}")
+    if x_t.shape[1:] != (2,):
+        raise ValueError(f"x_t must be (N, 2), not {tuple(x_t.shape)}")
     edge = torch.special.ndtri(torch.linspace(0, 1, cells + 1, dtype=torch.float64))
     density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
     m = -cells * density.diff()                                 # moments of a truncated normal, in
@@ -86,7 +88,7 @@ def log_q(G, x_t, sigma, cells=128):
     along = torch.eye(2).to(x_t)
     x, J_0 = torch.func.jvp(G, (z,), (along[0].expand_as(z),))                  # both (cells^2, 2)
     _, J_1 = torch.func.jvp(G, (z,), (along[1].expand_as(z),))
-    if x.shape != z.shape or x_t.shape[1:] != (2,):
+    if x.shape != z.shape:
         raise ValueError(f"a student of the plane gives (N, 2), not {tuple(x.shape)}")
     J_0, J_1 = J_0 * v[:, :1].sqrt(), J_1 * v[:, 1:].sqrt()
     (xx, yy), xy = (J_0 ** 2 + J_1 ** 2).T, J_0.prod(1) + J_1.prod(1)
@@ -104,7 +106,7 @@ def log_q(G, x_t, sigma, cells=128):
 
 @torch.no_grad()
 def mode_statistics(x, target):
-    """Covered modes (at least a quarter of their weight), total variation of the mode weights,
+    """Covered modes (more than a quarter of their weight), total variation of the mode weights,
     and the share of samples within 4 standard deviations of a mode."""
     distance, k = torch.cdist(x, target.means).min(1)
     weights = torch.bincount(k, minlength=len(target.means)) / len(x)

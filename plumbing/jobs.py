@@ -1,9 +1,15 @@
-"""Many runs, some at a time, each a process of one thread that yields to other work."""
+"""Many runs, some at a time, each a process of one thread that yields to other work; and their
+results, read again."""
+import csv
+import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+from plumbing.files import reading
 from plumbing.run import Stop
 
 
@@ -44,9 +50,44 @@ def run_all(commands, cwd, at_once):
                 if code and not told:
                     failed += 1
                     print(f"{folder} failed: {last_line(folder / 'log.txt')}", file=sys.stderr)
-                else:
+                elif not code:
                     print(f"{done} of {len(commands)}: {folder}", file=sys.stderr, flush=True)
     if stop.number:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop.number
     return min(failed, 1)
+
+
+@dataclass
+class Done:
+    """A finished run: result.json, and log.csv's rows (none in the plane)."""
+    folder: Path
+    result: dict
+    log: list
+
+    def numbers(self):
+        """What tables show."""
+        return self.log[-1] if self.log else self.result
+
+    def until(self, kimg):
+        """The same after so many thousand images, or None if it has no row there."""
+        if not self.log:
+            return self
+        end = kimg + self.result["config"]["batch"] / 1e3
+        log = [row for row in self.log if row["kimg"] < end]
+        return Done(self.folder, self.result, log) if log and log[-1]["kimg"] >= kimg else None
+
+
+def read(folder):
+    """-> Done, or None where no result is. Raises ValueError, naming the folder, for a bad one."""
+    log = []
+    if not (folder / "result.json").exists():
+        return None
+    with reading(folder, "a run's folder"):
+        result = json.loads((folder / "result.json").read_text())
+        result["config"]["h"]
+        if (folder / "log.csv").exists():
+            with open(folder / "log.csv") as f:
+                log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+            log[-1]["kimg"]
+    return Done(folder, result, log)

@@ -53,7 +53,7 @@ class Loop:
         self.trainer, self.cfg, self.out = trainer, cfg, out
         self.columns, self.evaluate, self.every = ("kimg", "seconds", *columns), evaluate, every
         self.rows, self.before = state.get("rows", []), state.get("seconds", 0.0)
-        self.start, self.saved = time.time(), (trainer.seen, len(self.rows))
+        self.start, self.saved = time.time(), state and (trainer.seen, len(self.rows))
         if rank() == 0:
             self.write_csv()                            # a folder that can't be written fails here
 
@@ -90,7 +90,7 @@ class Loop:
                    smoothing=0.1)
         with Stop() as stop, bar:
             while True:
-                if main and due(self.every):
+                if main and due(self.every) and not stop.number:
                     with stop.at_once():                # it takes minutes, and nothing is lost
                         self.add_row()
                 if trainer.seen >= end or stop.agreed(self.cfg.device):

@@ -92,9 +92,6 @@ def torch_device(name):
     return str(name)
 
 
-seed, device = torch_seed, torch_device      # XXX alias, to go
-
-
 def choice(names, value):
     """One of `names`, in any case."""
     if str(value).lower() not in names:
@@ -164,6 +161,6 @@ def same_options(path, old, new, free):
     """Raises ValueError, naming what differs, unless two dictionaries of options are alike but for
     the free ones: a run that is resumed must be the run that was begun."""
     differ = [f"{flag(k)} was {old.get(k)!r}, is {v!r}" for k, v in new.items()
-              if k not in free and old.get(k) != v]
+              if k not in free and (type(old.get(k)) is not type(v) or old[k] != v)]
     if differ:
         raise ValueError(f"{path} is a run of another configuration: {'; '.join(differ)}")

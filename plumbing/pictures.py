@@ -10,6 +10,7 @@ from plumbing.files import atomic
 from plumbing.plots import plane, pyplot
 
 COLOUR = {"kl": "#000000", "sba_5": "#cb181d", "be": "#2166ac", "lr": "#1b7837"}
+OTHER = "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"
 
 
 def label(row):
@@ -26,7 +27,7 @@ def mean_std(values):
 
 def grid_of_axes(n, columns, height):
     """-> a figure and its first n axes; `height` is a row's, in inches."""
-    rows = math.ceil(n / columns)
+    rows = math.ceil(max(1, n) / columns)
     fig, axes = pyplot().subplots(rows, columns, figsize=(12, height * rows), squeeze=False,
                                   layout="constrained")
     for ax in axes.flat[n:]:
@@ -34,26 +35,28 @@ def grid_of_axes(n, columns, height):
     return fig, axes.flat[:n]
 
 
-def lambdas(lines, bars, ticks, about):
-    """What a run gave against lambda: lines above, bars below, a column for each of `about`, (key,
+def lambdas(lines, bars, about):
+    """What runs gave against lambda: lines above, bars below, a column for each of `about`, (key,
     title, upper limit). lines, bars: label -> (colour, {lambda: {key: a value a seed}})."""
     fig, axes = pyplot().subplots(2, len(about), figsize=(12, 11), layout="constrained")
     for column, (key, title, top) in zip(axes.T, about):
         for ax, rows in zip(column, (lines, bars)):
+            ticks = sorted({lam for _, points in rows.values() for lam in points})
             for i, (text, (colour, points)) in enumerate(rows.items()):
-                x = np.array([ticks.index(lam) for lam in points])
+                if not points:
+                    continue
+                aside, x = i - (len(rows) - 1) / 2, np.array([ticks.index(lam) for lam in points])
                 mean, std = np.array([mean_std(p[key]) for p in points.values()]).T
+                style = dict(yerr=std, color=colour, label=text, capsize=6)
                 if rows is lines:
-                    ax.errorbar(x + 0.06 * i, mean, std, color=colour, label=text, marker="o",
-                                ms=10, capsize=6)
+                    ax.errorbar(x + 0.06 * aside, mean, marker="o", ms=10, **style)
                 else:
-                    ax.bar(x + 0.27 * (i - 1), mean, 0.27, yerr=std, color=colour, label=text,
-                           capsize=6)
-            ax.set_xticks(*zip(*[(i, f"{lam:g}") for i, lam in enumerate(ticks)
-                                 if any(lam in points for _, points in rows.values())]))
+                    ax.bar(x + 0.25 * aside, mean, 0.25, **style)
+            ax.set_xticks(range(len(ticks)), [f"{lam:g}" for lam in ticks])
             ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
-    for ax, where, columns in ((axes[0, 0], "upper", 2), (axes[1, 0], "lower", 3)):
-        fig.legend(*ax.get_legend_handles_labels(), loc=f"outside {where} center", ncols=columns)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+               title="the weight and its parts")
     return fig
 
 
@@ -70,6 +73,7 @@ def curves(logs, titles):
     """Runs on images: mean over seeds, and a band of one standard deviation, against images seen.
     logs: row -> the rows of log.csv of each seed; titles: column -> title, of which those are drawn
     that some run has."""
+    from matplotlib.ticker import LogLocator
     titles = {k: title for k, title in titles.items()
               if any(k in log[-1] for seeds in logs.values() for log in seeds)}
     fig, axes = grid_of_axes(len(titles), 2, 4.5)
@@ -80,11 +84,15 @@ def curves(logs, titles):
             if n:
                 x = [kimg for kimg, _ in series[0][:n]]
                 mean, std = mean_std([[value for _, value in s[:n]] for s in series])
-                colour = COLOUR.get(row, f"C{i}")
+                colour = COLOUR.get(row, OTHER[i % 7])
                 ax.plot(x, mean, "o-", color=colour, label=label(row))
                 ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-        ax.set(xlabel="generated images (thousands)", title=title,
-               yscale="log" if key.startswith("to_") else "linear")
+        ax.set(xlabel="generated images (thousands)", title=title)
+        if key.startswith("to_"):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("")
     axes[0].legend()
     return fig
 
@@ -94,7 +102,7 @@ def dots(rows, title):
     rows: row -> (a value a seed, the power of each seed, or nothing for a weight that is none)."""
     fig, (top, low) = pyplot().subplots(2, 1, figsize=(12, 12), layout="constrained")
     for i, (row, (values, powers)) in enumerate(rows.items()):
-        style = dict(color=COLOUR.get(row, f"C{i}"), ls="", marker="o", ms=14, alpha=0.7)
+        style = dict(color=COLOUR.get(row, OTHER[i % 7]), ls="", marker="o", ms=14, alpha=0.7)
         top.plot([i] * len(values), values, **style)
         top.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color=style["color"])
         if powers:
@@ -102,12 +110,13 @@ def dots(rows, title):
     top.set_xticks(range(len(rows)), [label(row).replace(" ", "\n") for row in rows])
     top.set_ylabel(title)
     low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=title)
-    low.legend(ncols=2)
+    if low.lines:
+        low.legend(ncols=2)
     return fig
 
 
 def animate(films, target, file):
-    """Students on their way, side by side. films: title -> a dictionary of frames.npz's step and x."""
+    """Students on their way, side by side. films: title -> frames.npz, as a dictionary."""
     from matplotlib.animation import FuncAnimation, PillowWriter
     fig, axes = pyplot().subplots(1, len(films), figsize=(9, 5), layout="constrained")
 

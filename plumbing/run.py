@@ -79,7 +79,9 @@ class Stop:
 
     def _ask(self, number, frame):
         if self.number:
-            os._exit(128 + number)
+            if world() == 1:                    # torchrun hands on what the process has already,
+                os._exit(128 + number)          # and ends by itself what does not stop in 30 s
+            return
         self.number = number
         if self.hurry:
             raise Stop.Now
@@ -123,7 +125,9 @@ def load_generator(generator, state, seed):
     on from `seed` instead."""
     try:
         generator.set_state(state)
-    except (RuntimeError, TypeError):
+    except TypeError as e:
+        raise ValueError(f"the checkpoint's random numbers are no generator's state: {e}") from e
+    except RuntimeError:
         generator.manual_seed(seed)
         print(f"the noise goes on anew, from seed {seed}: the run was on another kind of device",
               file=sys.stderr)

@@ -168,8 +168,8 @@ def check_form(expected, got, name, exact=True):
 
 
 def check_optimizer(opt, got, name):
-    """Raises ValueError, naming the place, unless `got` is a state dict of the Adam `opt`, its
-    rate aside. torch checks less, and then its fused kernel reads beyond a tensor's end."""
+    """Raises ValueError, naming the place, unless `got` is a state dict of `opt`, Adam or Muon,
+    its rate aside. torch checks less, and then its fused kernel reads beyond a tensor's end."""
     expected = opt.state_dict()
     if not (isinstance(got, dict) and set(got) == set(expected) and isinstance(got["state"], dict)):
         raise ValueError(f"{name} is not an optimizer's state")
@@ -183,7 +183,8 @@ def check_optimizer(opt, got, name):
         if i not in params:
             raise ValueError(f"{name}.state.{i}: there are {len(params)} parameters")
         p = params[i]
-        check_form({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}, moments,
-                   f"{name}.state.{i}")
-        if {moments["exp_avg"].stride(), moments["exp_avg_sq"].stride()} != {p.stride()}:
+        form = ({"momentum_buffer": p} if isinstance(opt, torch.optim.Muon) else
+                {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p})
+        check_form(form, moments, f"{name}.state.{i}")
+        if any(moments[k].stride() != form[k].stride() for k in form):
             raise ValueError(f"{name}.state.{i} lies otherwise in memory than its parameter")

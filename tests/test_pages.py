@@ -191,7 +191,7 @@ def test_there_are_edits():
 KEYS = {        # a column of a table -> a run's number
     "modes": "modes_covered", "mode TV": "mode_tv", "on a mode": "on_mode", "KL(p‖q)": "kl_pq",
     "KL(q‖p)": "kl_qp", "log r error": "log_r_error", "ESS": "ess",
-    "to the teacher's samples": "to_teacher", "to the data": "to_data", "IS-compact": "score",
+    "to the teacher's samples": "to_teacher", "to the data": "to_data", "score": "score",
     "std of log r": "log_r_std", "tau": "tau", "less KL's": "less_kl",
 }
 

@@ -1,4 +1,4 @@
-"""plane.py: the teachers against autograd and quadrature, the student's density against brute force.
+"""plane.py: teachers against autograd and quadrature, the student's density against brute force.
 
 fixtures/students.pt holds two students that toy2d.py trained (the averaged weights, rounded to
 float16), and log q_sigma by brute force at 128 points of each and of each noise level. Made anew by
@@ -89,7 +89,7 @@ def students():
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("h", ["kl", "be"])
 def test_log_q_is_that_of_brute_force(h, level):
-    """128 x 128 cells; what fewer give stands in plane.py's users' choice of cells."""
+    """The root mean square is that over the points; fewer cells give a larger one."""
     G, fixture = students()[h]
     i = fixture["sigma"].index(level)
     truth, coarse, x_t = fixture["log_q"][i], fixture["log_q_coarse"][i], fixture["x_t"][i]
@@ -112,22 +112,20 @@ def test_brute_force_of_the_fixture(h):
             close(values, fixture["log_q"][i][:32], rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("level", [0.01, 0.3, 5.0])
+@pytest.mark.parametrize("level", [0.1, 0.5, 5.0])
 def test_log_q_of_a_linear_student(level):
     """x = A z + b has q_sigma = N(b, A A^T + sigma^2 I)."""
     G = nn.Linear(2, 2).double()
     with torch.no_grad():
         G.weight.copy_(torch.tensor([[0.6, -0.3], [0.2, 0.1]]))
-    g = torch.Generator().manual_seed(0)
+        G.bias.copy_(torch.tensor([0.3, -0.2]))
     covariance = G.weight @ G.weight.T + level ** 2 * torch.eye(2, dtype=F64)
     exact = torch.distributions.MultivariateNormal(G.bias, covariance)
-    noise = torch.randn(300, 2, generator=g, dtype=F64)
-    x_t = (G.bias + noise @ torch.linalg.cholesky(covariance).T).detach()
-    sigma = torch.full((300, 1), level, dtype=F64)
-    near = noise.norm(dim=1) < 3            # beyond, the outermost cells are no Gaussians
-    got, truth = log_q(G, x_t, sigma, 256), exact.log_prob(x_t)
-    close(got[near], truth[near].detach(), rtol=0, atol=0.01)
-    assert near.sum() > 290
+    noise = torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    noise = noise[noise.norm(dim=1) < 2.5]          # beyond, a cell is no Gaussian
+    x_t = G.bias + noise @ torch.linalg.cholesky(covariance).T
+    got = log_q(G, x_t, torch.full((len(x_t), 1), level, dtype=F64), 128)
+    close(got, exact.log_prob(x_t).detach(), rtol=0, atol=0.01)
 
 
 def test_log_q_of_a_student_that_gives_one_point():
@@ -135,7 +133,7 @@ def test_log_q_of_a_student_that_gives_one_point():
     G, b = nn.Linear(2, 2), torch.tensor([0.3, -0.2])
     nn.init.zeros_(G.weight)
     G.bias.data = b
-    x_t, sigma = torch.randn(40, 2), torch.linspace(0.02, 3, 40)[:, None]
+    x_t, sigma = torch.linspace(-1, 1, 80).view(2, 40).T, torch.linspace(0.02, 3, 40)[:, None]
     exact = torch.distributions.Normal(b, sigma).log_prob(x_t).sum(1)
     for cells in (2, 7, 128):
         close(log_q(G, x_t, sigma, cells), exact, rtol=1e-4, atol=1e-4)
@@ -163,7 +161,7 @@ def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
     (nn.Linear(2, 2), torch.zeros(5, 2), 1, "cells must be from 2 to"),
     (nn.Linear(2, 2), torch.zeros(5, 2), 5000, "not 5000"),
     (nn.Linear(2, 3), torch.zeros(5, 2), 8, "not .64, 3."),
-    (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t")])
+    (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t must be .N, 2., not .5, 3.")])
 def test_bad_input_of_log_q(G, x_t, cells, message):
     with pytest.raises(ValueError, match=message):
         log_q(G, x_t, torch.ones(5, 1), cells)
