@@ -249,24 +249,35 @@ class Distiller:
 
     def draw(self):
         """-> this process's share of a step's random numbers; noise levels are (n, 1, 1, 1), those
-        of line 7 rising, one in each of `batch` equal steps of EDM's grid."""
+        of line 7 rising, one in each of `batch` equal steps of the grid."""
         cfg, n = self.cfg, self.cfg.batch
         kind = dict(generator=self.generator, device=cfg.device)
-        shape, classes = (n, *self.images.shape[1:]), self.teacher.label_dim
+        shape = (n, *self.images.shape[1:])
         t = (torch.arange(n, device=cfg.device) + torch.rand(n, **kind)) / n            # line 7
         t = cfg.t_min + (cfg.t_max - cfg.t_min) * t
         index = torch.randint(len(self.images), (n,), **kind)                           # line 21
         b = dict(z=torch.randn(shape, **kind), noise=torch.randn(shape, **kind),        # line 4
-                 sigma=karras(1 - t)[:, None, None, None])
+                 sigma=self.levels(t)[:, None, None, None])
         sigma_f = (cfg.p_mean + cfg.p_std * torch.randn(n, **kind)).exp()               # line 17
         b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
-        real, flip = self.images[index].float() / 127.5 - 1, torch.rand(n, **kind) < 0.5
-        b["real"] = torch.where(flip[:, None, None, None], real.flip(3), real)
-        if classes:
-            eye = torch.eye(classes, device=cfg.device)
-            b |= dict(c=eye[torch.randint(classes, (n,), **kind)], c_real=eye[self.labels[index]])
+        b |= self.pick(index, kind)
         mine = {name: value[rank()::world()] for name, value in b.items()}
         return SimpleNamespace(**dict(c=None, c_real=None) | mine)
+
+    def levels(self, t):
+        """Shares of EDM's grid, from the lowest level up, (n,) -> noise levels (n,)."""
+        return karras(1 - t)
+
+    def pick(self, index, kind):
+        """-> the real images at `index` (n,), flipped or not, and with classes their labels and
+        those to generate, one-hot (n, label_dim)."""
+        n, classes = len(index), self.teacher.label_dim
+        real, flip = self.images[index].float() / 127.5 - 1, torch.rand(n, **kind) < 0.5
+        b = dict(real=torch.where(flip[:, None, None, None], real.flip(3), real))
+        if classes:
+            eye = torch.eye(classes, device=self.cfg.device)
+            b |= dict(c=eye[torch.randint(classes, (n,), **kind)], c_real=eye[self.labels[index]])
+        return b
 
     def slope(self, values, x_t):
         """The gradient of their sum in x_t; small ones survive fp16."""
@@ -283,7 +294,8 @@ class Distiller:
     def average_weights(self):
         moved = self.moves * self.cfg.batch
         beta = half_life_to_beta(self.cfg.batch, min(1e3 * self.cfg.ema_kimg, 0.1 * moved))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.G.parameters()), 1 - beta)
+        ema, G = (list(net.state_dict().values()) for net in (self.ema, self.G))
+        torch._foreach_lerp_(ema, G, 1 - beta)
 
     def log(self, **values):
         for name, value in values.items():

@@ -69,8 +69,8 @@ LINES = {       # is it the divergence, the classifier or the batch? label, opti
     "learned_1024": ("learned ratio, batch 1024", "--batch 1024", LAMBDAS, "#fd8d3c"),
     "exact_256": ("exact ratio, batch 256", "--ratio exact", LAMBDAS, "#08519c"),
     "exact_1024": ("exact ratio, batch 1024", "--ratio exact --batch 1024", (1, 5), "#41b6c4"),
-    "level": ("the weight's mean at each noise level", "--part level", (-1, 1, 5), "#969696"),
-    "sample": ("what is left within a level", "--part sample", (-1, 1, 5), "#238b45"),
+    "level": ("noise levels alone", "--part level", (-1, 1, 5), "#969696"),
+    "sample": ("samples alone", "--part sample", (-1, 1, 5), "#238b45"),
 }
 PLANE_RATIO = {         # how log r is learned, and how far it is believed
     "kl_linear": "--h kl --head linear", "kl_mean": "--h kl --head mean",
@@ -325,8 +325,9 @@ def lambda_picture(rows):
                 for lam, row in found.items() if row in rows}
     lines = {text: (colour, points(line, several))
              for line, (text, options, several, colour) in LINES.items() if "part" not in options}
-    bars = {text: (LINES[line][3], points(line, LINES["level"][2])) for line, text in (
-        ("learned_256", "both"), ("level", "noise levels alone"), ("sample", "samples alone"))}
+    bars = {"both" if line == "learned_256" else LINES[line][0]:
+            (LINES[line][3], points(line, LINES["level"][2]))
+            for line in ("learned_256", "level", "sample")}
     return lambdas(lines, bars, about)
 
 

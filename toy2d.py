@@ -78,10 +78,10 @@ class FakeScore(nn.Module):
 
 @dataclass
 class Config:
-    h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
+    h: Literal[bregman.NAMES] = "kl"    # a row of Table 1: lr kl be ls sba srkl hellinger jeffreys
     lam: real = 5.0             # SBA's lambda
-    target: Literal[tuple(TARGETS)] = "ring8"   # the teacher
-    seed: torch_seed = 0              # of all random numbers
+    target: Literal[tuple(TARGETS)] = "ring8"   # the teacher: ring8 grid25 uneven8
+    seed: torch_seed = 0        # of all random numbers
     steps: count = 9000         # updates of the student
     batch: count = 256          # samples a step
     width: count = 96           # of both networks, three layers each
@@ -89,26 +89,27 @@ class Config:
     lr_f: positive = 3e-3       # fake score's and classifier's
     ema: share = 0.999          # of the student's weights, which are what is measured
     sigma_init: positive = 1.4  # G(z) starts as the teacher's D(sigma_init z; sigma_init)
-    init_steps: count = 500     # by a regression of so many steps
-    sigma_min: positive = 0.02  # noise levels, log-uniform, from this
-    sigma_max: positive = 2.0   # to this
+    init_steps: count = 500     # of the regression that brings G there
+    sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
+    sigma_max: positive = 2.0   # the highest
     anneal: share = 0.25        # share of the run over which sigma_min falls from 0.5 to its value
-    ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from
+    ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from: one of the two
     cells: count = 32           # on each axis, of the exact ratio in training
-    head: Literal["linear", "mean"] = "linear"  # the logit is an output of its own, or as in SiDA the
-                                # mean of the features
-    class_min: nonnegative = 0.0        # the classifier learns at noise levels from this
-    class_max: positive = 1000.0        # to this
+    head: Literal["linear", "mean"] = "linear"  # linear: the logit is an output of its own;
+                                # mean: it is the features' mean, as in SiDA
+    class_min: nonnegative = 0.0        # the lowest noise level at which the classifier learns
+    class_max: positive = 1000.0        # the highest
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["batch", "two-stage"] = "batch"   # weights of batch mean one; f-distill's bins
-    part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level, or
-                                # what is left within a level
+    norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: and,
+                                # before, r of mean one at each noise level, as in f-distill
+    part: Literal["both", "level", "sample"] = "both"   # both: the weight; level: its mean at each
+                                # noise level; sample: what is left within one
     ess: share = 0.0            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
-    reward: Literal[("", *REWARDS)] = ""    # Appendix G: tilt the target by linear
+    reward: Literal[("", *REWARDS)] = ""    # linear: tilt the target by R(x) = exp(a x), Appendix G
     first_order: bool = False   # R_sigma(x) as R(E[x0 | x]), Eq. (25), in place of the exact one
-    device: torch_device = "cpu"      # cpu, cuda, mps
+    device: torch_device = "cpu"        # cpu, cuda, mps
 
     def __post_init__(self):
         validate(self)
@@ -116,9 +117,11 @@ class Config:
         if self.sigma_min >= self.sigma_max or self.ema == 1:
             raise ValueError("need --sigma-min below --sigma-max, and --ema below 1")
         if not self.class_min < self.class_max > self.sigma_min or self.class_min >= self.sigma_max:
-            raise ValueError("class-min to class-max must overlap sigma-min to sigma-max")
+            raise ValueError("--class-min to --class-max must overlap --sigma-min to --sigma-max")
         if self.part != "both" and self.batch < 16:
-            raise ValueError(f"--part {self.part} has 16 noise levels, and needs as large a --batch")
+            raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
+        if self.reward and (self.part != "both" or self.norm != "batch"):
+            raise ValueError("--reward needs --part both and --norm batch: r* is not read by level")
 
 
 class Distiller:
@@ -188,8 +191,8 @@ class Distiller:
         if cfg.part != "both":
             level, within = bregman.split(log_w, self.level, max(0.02, 1 / (1 + self.moves)))
             log_w = level if cfg.part == "level" else within
-        w, self.last["ess"], tau = bregman.batch_weights(log_w, cfg.ess)
-        self.scale = (tau * log_w).logsumexp(0) - math.log(len(log_w))      # log of their mean
+        w, self.last["ess"], self.tau = bregman.batch_weights(log_w, cfg.ess)
+        self.scale = (self.tau * log_w).logsumexp(0) - math.log(len(log_w))     # log of their mean
         return w.view_as(log_r)
 
     def fake_loss(self, x, b):
@@ -281,7 +284,7 @@ class Distiller:
         """w(t) h''(r*) grad r*, (n, 2), in units of the weights' batch mean.  Eq. (35)"""
         log_star, gradient = self.log_r_star(x_t, b.sigma)
         log_w = self.h.log_weight(log_star.clamp(-self.cfg.clip, self.cfg.clip))
-        return b.sigma * (log_w - self.scale).exp()[:, None] * gradient
+        return b.sigma * (self.tau * log_w - self.scale).exp()[:, None] * gradient
 
     def log_r_star(self, x_t, sigma):
         """log r* = log R_sigma / Z_0, (N,), and its gradient, Eq. (36): exact, or by Eq. (25)."""

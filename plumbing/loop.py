@@ -23,9 +23,8 @@ def read_run(path, cfg, free, columns):
     state = read_checkpoint(path, "a run's checkpoint")
     check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
     for row in state["rows"]:
-        check_form({"kimg": 0.0, "seconds": 0.0}, row, f"{path}: rows", exact=False)
-        known = ("kimg", "seconds", *columns)
-        check_form({name: 0.0 for name in known if name in row}, row, f"{path}: rows")
+        names = {"kimg", "seconds", *columns} & set(row)
+        check_form({name: 0.0 for name in {"kimg", "seconds"} | names}, row, f"{path}: rows")
     same_options(path, state["config"], asdict(cfg), free)
     return state
 
@@ -69,7 +68,7 @@ class Loop:
     def add_row(self):
         if self.rows and round(1e3 * self.rows[-1]["kimg"]) == self.trainer.seen:
             return                                      # a resumed run has it already
-        row = self.evaluate()
+        row = {name: float(value) for name, value in self.evaluate().items()}
         self.rows.append({"kimg": self.trainer.seen / 1e3, "seconds": self.seconds()} | row)
         self.write_csv()
 

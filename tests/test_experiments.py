@@ -66,7 +66,7 @@ def test_two_names_of_a_row_are_one_run():
     assert the("every_h", "kl", 0).identity() != the("every_h", "kl", 1).identity()
 
 
-# --------------------------------------------------------------------------------- found, or missing
+# ------------------------------------------------------------------------------- found, or missing
 
 def test_a_result_serves_every_group(tmp_path):
     make(tmp_path, the("plane_lam", "learned_256_-1"), config=dict(device="cuda"), ess=0.5)
@@ -185,7 +185,8 @@ def test_run_draws_tells_and_makes_nothing_twice(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--run", "nonsense"], "nonsense"), (["--seeds", "0"], "--seeds"), (["--jobs", "x"], "--jobs")])
+    (["--run", "nonsense"], "nonsense"), (["--seeds", "0"], "--seeds"),
+    (["--jobs", "x"], "--jobs")])
 def test_bad_options_are_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as stop:
         experiments.main(argv)

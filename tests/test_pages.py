@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import experiments
 from plumbing.options import Parser
 
 HERE = Path(__file__).resolve().parents[1]
@@ -68,9 +69,10 @@ def rows(table):
 
 
 def tables(page):
-    """-> (source, head, rows) of the tables below a comment <!-- results/... -->."""
-    marked = r"^<!-- (results/[^>]*) -->\n\n?((?:^\|.*\n)+)"
-    return [(m[1], *rows(m[2])) for m in re.finditer(marked, TEXT[page], re.M)]
+    """-> (source, text) of the tables below a comment: <!-- results/... -->, a folder of runs or an
+    output; <!-- experiments.py GROUP -->, what that prints."""
+    marked = r"^<!-- ((?:results/|experiments.py )[^>]*) -->\n\n?((?:^\|.*\n)+)"
+    return re.findall(marked, TEXT[page], re.M)
 
 
 # ------------------------------------------------------------------------- the options of scripts
@@ -121,7 +123,7 @@ def test_options_exist():
     none, since its tables say what became of them."""
     known = {script: flags(script) for script in SCRIPTS}
     for page in PAGES[:-1]:
-        prose = re.sub(r"```.*?```", "", TEXT[page], flags=re.S)
+        prose = re.sub(r"```.*?```|torchrun --\S+", "", TEXT[page], flags=re.S)
         for code in re.findall(r"`([^`]*)`", prose):
             for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
                 assert any(option in each for each in known.values()), f"{page}: {option}"
@@ -267,10 +269,11 @@ def column(head):
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_results(page):
     """Means and standard deviations (over n - 1), from the files that the runs wrote."""
-    for source, head, body in tables(page):
+    for source, text in tables(page):
         folder, _, after = source.partition(" after ")
-        if folder.endswith(".txt"):
+        if not (HERE / folder).is_dir():
             continue
+        head, body = rows(text)
         runs = Runs(folder, float(after.split()[0].replace(",", "")) / 1e3 if after else None)
         for first, *cells in body:
             mine = runs.find(re.search(r"`([^`]+)`", first)[1])
@@ -289,11 +292,11 @@ def test_tables_are_those_of_the_results(page):
 def test_tables_are_those_of_the_output(page):
     """A row of a table made of a .txt in results/ is a line of it, or has the numbers that a
     command printed there: the one named in the row's first cell."""
-    for source, _, body in tables(page):
+    for source, text in tables(page):
         if not source.endswith(".txt"):
             continue
         lines = (HERE / source).read_text().splitlines()
-        for row in body:
+        for row in rows(text)[1]:
             named = re.search(r"`([^`]+)`", row[0])
             if not named:
                 assert "| " + " | ".join(row) + " |" in lines, row
@@ -304,7 +307,22 @@ def test_tables_are_those_of_the_output(page):
                 assert re.search(rf"\b{re.escape(number)}\b", lines[at + 1]), (source, row, number)
 
 
-def test_there_are_tables_of_numbers():
+def test_tables_are_those_of_experiments():
+    printed = dict(experiments.tables(experiments.Results(HERE / "results")))
+    for page in PAGES:
+        for source, text in tables(page):
+            if source.startswith("experiments.py"):
+                assert text == printed[source.split()[1]], f"{page}: {source}"
+
+
+def test_every_table_of_numbers_has_its_source():
+    """A comment above it, of a kind that the tests above know."""
+    for page in PAGES:
+        heads = re.findall(r"^\|.* seeds \|.*\n\|[-| ]+$", TEXT[page], re.M)
+        assert len(heads) == sum(" seeds |" in text for _, text in tables(page)), page
+        for source, _ in tables(page):
+            path = HERE / source.partition(" after ")[0]
+            assert path.exists() or source.partition(" ")[2] in experiments.GROUPS, source
     assert sum(len(tables(page)) for page in PAGES) > 10
 
 

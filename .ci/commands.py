@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Run every command of the pages as a reader would, with tiny settings, and the solutions' edits.
+
+    python .ci/commands.py          # some minutes; status 1 and the end of stderr if one fails
+
+Each page has a copy of the project to itself, and its commands follow each other there. What can't
+be run so is left out by name: see LEFT_OUT.
+"""
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HERE), str(HERE / "tests")]
+
+import data                                                             # noqa: E402
+from test_pages import HERE as ROOT, PAGES, apply, commands, edits      # noqa: E402
+
+PLANE = "--steps 4 --batch 32 --width 16 --init-steps 2"
+TINY = {        # what makes a command short, by the words that it starts with; the first counts
+    "cifar_distill.py sample": "-n 4",
+    "cifar_distill.py": "--kimg 0.032 --batch 8 --wait-kimg 0.016 --eval-every 0.016 --eval-n 16 "
+                        "--preview 1 --save-every 0.016",
+    "toy2d.py": PLANE,
+    "edm.py train": "--kimg 0.032 --batch 16 --preview 1 --data "
+                    "pretrained/compact_teacher_samples.zip",
+    "edm.py sample": "-n 4 --steps 4",
+    "fid.py train": "--epochs 1 --data classes",
+    "fid.py": "", "bregman.py": "", "experiments.py": "",
+    "bench.py": "--batch 2 --rounds 1 --frechet 64",
+}
+LEFT_OUT = {    # words in a command -> why it is not run here
+    "--preset paper": "it downloads the official teacher and CIFAR-10",
+    "--features inception": "it downloads Inception's weights",
+    "edm-cifar10": "it downloads official weights",
+    "experiments.py --run": "it trains for hours; tests/test_experiments.py runs a tiny group",
+}
+
+
+def copy_project(folder):
+    """A copy of the project, with what the pages' commands take from their reader."""
+    keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
+    shutil.copytree(ROOT, folder, ignore=keep_out)
+    images, _ = data.load_images(ROOT / "pretrained/compact_teacher_samples.zip")
+    data.save_images(images[:300], folder / "samples.npz")
+    for split in ("train", "test"):                     # labelled images, for fid.py train
+        for label in range(2):
+            (folder / "classes" / split / f"class{label}").mkdir(parents=True)
+            for i, image in enumerate(images[:80]):
+                data.save_grid(image[None], folder / "classes" / split / f"class{label}" / f"{i}.png",
+                               columns=1, scale=1)
+    return folder
+
+
+def run(words, folder):
+    """One command line in a copy -> whether it ended with status 0."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    said = f"{time.monotonic() - start:4.0f} s  {folder.name}: {shlex.join(words)}"
+    if done.returncode:
+        said += f"\n  status {done.returncode}: {done.stderr[-2000:]}"
+    print(said, flush=True)
+    return done.returncode == 0
+
+
+def run_page(page, scratch):
+    """-> how many of a page's commands failed. The later ones of one page need the earlier."""
+    folder = copy_project(scratch / page.replace("/", "_"))
+    failed = 0
+    for command in commands(page):
+        why = [reason for words, reason in LEFT_OUT.items() if words in command]
+        if why:
+            print(f"not run: {command}: {why[0]}", flush=True)
+            continue
+        short = next(short for start, short in TINY.items() if command.startswith(start))
+        failed += not run([*shlex.split(command), *shlex.split(short)], folder)
+    return failed
+
+
+def run_edit(exercise, file, pairs, scratch):
+    """-> whether a solution's edit does not apply, or does not run."""
+    folder = copy_project(scratch / f"exercise_{exercise}")
+    path = folder / file
+    path.write_text(apply(pairs, path.read_text()))
+    h = "lecam" if exercise == "1" else "be"
+    return not run(["toy2d.py", "--h", h, *PLANE.split()], folder)
+
+
+def main():
+    os.environ |= {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9",
+                   "https_proxy": "http://127.0.0.1:9"}         # no network
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        scratch = Path(scratch)
+        os.environ["DI_BREGMAN_CACHE"] = str(scratch / "cache")
+        todo = [pool.submit(run_page, page, scratch) for page in PAGES if commands(page)]
+        todo += [pool.submit(run_edit, *edit, scratch) for edit in edits()]
+        failed = sum(job.result() for job in todo)
+    print(f"{failed} failed" if failed else "every command ran")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""bench.py: its table has a number in each column. No test says how large one is."""
+import math
+
+import pytest
+
+import bench
+from ncsnpp import CONFIGS
+from test_cifar_distill import NETS
+
+
+def test_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "tune_cpu", lambda: None)
+    monkeypatch.setattr(bench, "matmul_peak", lambda where, dtype: 1.0)     # takes seconds
+    for name, kwargs in NETS.items():
+        monkeypatch.setitem(CONFIGS, name, kwargs)
+    assert bench.main(["--net", "tiny", "tiny-cond", "--batch", "2", "4", "--amp", "no", "bf16",
+                       "--device", "cpu", "--rounds", "1", "--frechet", "8"]) == 0
+    out = capsys.readouterr().out
+    head, rule, *rows = [line.strip("|").split("|") for line in out.splitlines() if "|" in line]
+    assert len(rows) == 8 and [cell.strip() for cell in head] == list(bench.HEAD)
+    assert {len(r) for r in (head, rule, *rows)} == {len(bench.HEAD)}
+    for row in rows:
+        name, batch, precision, *numbers = (cell.strip() for cell in row)
+        assert name in NETS and batch in "24" and precision in ("fp32", "bf16")
+        numbers = [float(cell.rstrip("%")) for cell in numbers]
+        assert all(math.isfinite(v) and v >= 0 for v in numbers) and max(numbers) > 0
+    assert "frechet in 8 dimensions" in out
+
+
+def test_medians_take_turns():
+    """Each round runs every task once, after one call that warms it up."""
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = bench.medians(tasks, "cpu", 3)
+    assert "".join(calls) == "ab" * 4 and set(times) == {"a", "b"}
+
+
+def test_help_and_bad_options(capsys):
+    with pytest.raises(SystemExit) as e:
+        bench.main(["--rounds", "0"])
+    assert e.value.code == 2 and "--rounds" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert "medians" not in capsys.readouterr().err
