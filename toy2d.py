@@ -93,7 +93,7 @@ class Config:
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest
     anneal: share = 0.25        # share of the run over which sigma_min falls from 0.5 to its value
-    ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from: one of the two
+    ratio: Literal["classifier", "exact"] = "classifier"    # the source of log r: classifier, exact
     cells: count = 32           # on each axis, of the exact ratio in training
     head: Literal["linear", "mean"] = "linear"  # linear: the logit is an output of its own;
                                 # mean: it is the features' mean, as in SiDA

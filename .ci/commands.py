@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 import data                                                             # noqa: E402
-from test_pages import HERE as ROOT, PAGES, apply, commands, edits      # noqa: E402
+from test_pages import PAGES, apply, commands, edits                    # noqa: E402
 
 PLANE = "--steps 4 --batch 32 --width 16 --init-steps 2"
 TINY = {        # what makes a command short, by the words that it starts with; the first counts
@@ -44,17 +44,14 @@ LEFT_OUT = {    # words in a command -> why it is not run here
 
 
 def copy_project(folder):
-    """A copy of the project, with what the pages' commands take from their reader."""
+    """A copy of the project, and a set of labelled images in it."""
     keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
-    shutil.copytree(ROOT, folder, ignore=keep_out)
-    images, _ = data.load_images(ROOT / "pretrained/compact_teacher_samples.zip")
-    data.save_images(images[:300], folder / "samples.npz")
-    for split in ("train", "test"):                     # labelled images, for fid.py train
-        for label in range(2):
-            (folder / "classes" / split / f"class{label}").mkdir(parents=True)
-            for i, image in enumerate(images[:80]):
-                data.save_grid(image[None], folder / "classes" / split / f"class{label}" / f"{i}.png",
-                               columns=1, scale=1)
+    shutil.copytree(HERE, folder, ignore=keep_out)
+    images, _ = data.load_images(HERE / "pretrained/compact_teacher_samples.zip")
+    for kind in ("train/a", "train/b", "test/a", "test/b"):     # labelled images, for fid.py train
+        (folder / "classes" / kind).mkdir(parents=True)
+        for i, image in enumerate(images[:80]):
+            data.save_grid(image[None], folder / "classes" / kind / f"{i}.png", 1, scale=1)
     return folder
 
 

@@ -94,10 +94,12 @@ def save_atomic(obj, path):
         try:
             torch.save(obj, f)
             f.flush()
-        except (OSError, RuntimeError) as e:    # torch's zip writer reports a full disk as its own
-            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except (OSError, RuntimeError) as e:    # torch's zip writer hides a full disk in its own
+            full = e if isinstance(e, OSError) else e.__context__
+            if not isinstance(full, OSError):
+                raise
             full.needed = f"about {_bytes(obj):,}"
-            raise (full if isinstance(e, RuntimeError) or e.errno == errno.ENOSPC else e) from e
+            raise full
 
 
 def _bytes(obj):

@@ -23,6 +23,7 @@ def read_run(path, cfg, free, columns):
     state = read_checkpoint(path, "a run's checkpoint")
     check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
     for row in state["rows"]:
+        check_form({}, row, f"{path}: rows", exact=False)
         names = {"kimg", "seconds", *columns} & set(row)
         check_form({name: 0.0 for name in {"kimg", "seconds"} | names}, row, f"{path}: rows")
     same_options(path, state["config"], asdict(cfg), free)

@@ -47,8 +47,8 @@ def whole(value):
 
 
 def torch_seed(value):
-    """A seed of torch's: an integer of 63 bits."""
-    return _number(value, int, lambda v: 0 <= v < 2 ** 53, "a whole number from 0 to 2^53")
+    """A seed of torch's: an integer from 0 to 2^53, up to which a float holds them all."""
+    return _number(value, int, lambda v: 0 <= v <= 2 ** 53, "a whole number from 0 to 2^53")
 
 
 def real(value):
@@ -80,7 +80,8 @@ def path(value):
 
 def text(value):
     """A name that is not empty."""
-    return str(path(value)) and str(value)
+    path(value)                                 # refuses what it refuses
+    return str(value)
 
 
 def torch_device(name):

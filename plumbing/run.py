@@ -50,13 +50,17 @@ def run_main(main):
         reason = str(e).splitlines()[0]
         if not re.search("alloc|memory|overflow", reason):
             raise
-        reason = f"not enough memory for these settings: {reason}"
+        wanted = re.search(r"(\d+) bytes", reason)
+        reason = "not enough memory for these settings" + (
+            f": {int(wanted[1]):,} bytes more" if wanted else f": {reason}")
     except KeyboardInterrupt:
         os._exit(130)                                           # at once, whatever else runs
     where = f" (process {rank()})" if dist.is_initialized() else ""
     if where or rank() == 0:                        # before that all processes fail alike
         print(f"{name}: {reason}{where}", file=sys.stderr)
     sys.stderr.flush()
+    if where:
+        dist.destroy_process_group()
     sys.exit(2)
 
 
@@ -173,10 +177,8 @@ def processes(device):
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()            # after an error run_main does, which asks if it is there
 
 
 def gather(values):

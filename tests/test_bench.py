@@ -5,7 +5,9 @@ import pytest
 
 import bench
 from ncsnpp import CONFIGS
-from test_cifar_distill import NETS
+from test_cifar_distill import TINY
+
+NETS = {"tiny": TINY, "tiny-cond": TINY | dict(label_dim=10)}
 
 
 def test_the_table(monkeypatch, capsys):

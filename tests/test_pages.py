@@ -1,4 +1,4 @@
-"""README, results, exercises, solutions: links, the quotation, commands, options, edits and numbers.
+"""README, results, exercises, solutions: links, quotation, commands, options, edits, numbers.
 
 Nothing is run here, only parsed: .ci/commands.py runs every command.
 """
@@ -229,7 +229,8 @@ class Runs:
         configs = [run["config"] for run in self.of.values()]
         self.common = {key: statistics.mode([plain(c.get(key)) for c in configs])
                        for key in set().union(*configs) - {"h", "lam", "seed", "kimg"}}
-        base = {run["config"]["seed"]: run["to_teacher"] for run in self.find("--h kl")} if kimg else {}
+        kl = self.find("--h kl") if kimg else []
+        base = {run["config"]["seed"]: run["to_teacher"] for run in kl}
         for run in self.of.values():
             if run["config"]["seed"] in base:
                 run["less_kl"] = run["to_teacher"] - base[run["config"]["seed"]]

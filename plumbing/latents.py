@@ -1,0 +1,115 @@
+"""Stable Diffusion's parts, read from disk: texts to states, images to latents and back."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from plumbing.files import reading
+
+try:
+    import diffusers
+    import transformers
+    from huggingface_hub.constants import HF_HUB_CACHE
+    MISSING = None
+except ImportError as e:            # only sd_distill.py needs them
+    MISSING = e
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_model(name):
+    """-> diffusers' pipeline, float32 on the CPU, of a folder or a name on Hugging Face. Raises
+    ValueError, naming it, for what is not Stable Diffusion 1.x. Nothing is unpickled."""
+    for library in (diffusers.utils, transformers.utils):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    kind, where = diffusers.StableDiffusionPipeline, name
+    how = dict(safety_checker=None, use_safetensors=True)
+    if not Path(name).is_dir():
+        with reading(name, f"a folder, nor could it be downloaded into {HF_HUB_CACHE}"):
+            where = kind.download(name, **how)
+    with reading(name, "Stable Diffusion 1.x in diffusers' layout"):
+        said = kind.load_config(where)["_class_name"]
+        if said != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {said}")
+        pipe = kind.from_pretrained(where, requires_safety_checker=False, **how)
+        lacking = [part for part in PARTS if getattr(pipe, part) is None]
+        if lacking:
+            raise ValueError(f"it lacks {' and '.join(lacking)}")
+        if pipe.scheduler.config.prediction_type != "epsilon":
+            raise ValueError(f"it predicts {pipe.scheduler.config.prediction_type}, not the noise")
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise ValueError(f"its network takes {pipe.unet.config.in_channels} channels")
+    return pipe
+
+
+def latent_shape(pipe, size):
+    """Pixels -> the shape of a latent. Raises ValueError for a size that can't be halved as often
+    as the networks halve it."""
+    factor = pipe.vae_scale_factor
+    step = factor * 2 ** (len(pipe.unet.down_blocks) - 1)
+    if size % step:
+        raise ValueError(f"--size must be a multiple of {step}, not {size}")
+    return pipe.unet.config.in_channels, size // factor, size // factor
+
+
+def read_text(file):
+    with reading(file, "a text in UTF-8"):
+        return Path(file).read_text(encoding="utf-8-sig")
+
+
+def read_prompts(file):
+    """-> the lines that are not blank. Raises ValueError or OSError, naming the file."""
+    prompts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it, one a line")
+    return prompts
+
+
+def read_captions(folder, suffixes):
+    """-> [(image's path, caption)], by name. Raises ValueError, naming what has no partner."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
+    images = {f.with_suffix(""): f for f in files if f.suffix.lower() in suffixes}
+    texts = {f.with_suffix(""): f for f in files if f.suffix.lower() == ".txt"}
+    if images.keys() - texts.keys():
+        alone = min(images.keys() - texts.keys())
+        raise ValueError(f"{images[alone]} has no caption, {alone}.txt")
+    if texts.keys() - images.keys():
+        raise ValueError(f"{texts[min(texts.keys() - images.keys())]} has no image beside it "
+                         f"({', '.join(suffixes)})")
+    if not images:
+        raise ValueError(f"{folder}: no images with captions in it")
+    return [(images[stem], read_text(texts[stem]).strip()) for stem in images]
+
+
+@torch.no_grad()
+def embed(pipe, texts):
+    """-> the text encoder's last states, float16 (n, 77, 768) on the CPU. What is longer than 77
+    tokens is cut."""
+    states, tokenizer = [], pipe.tokenizer
+    for i in range(0, len(texts), 64):
+        ids = tokenizer(texts[i:i + 64], padding="max_length", truncation=True,
+                        max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        states.append(pipe.text_encoder(ids.to(pipe.text_encoder.device))[0].half().cpu())
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def encode(pipe, file, size, generator):
+    """-> the latent of the middle square of an image file: float16 (1, 4, size / 8, size / 8)."""
+    with reading(file, "a usable image"), Image.open(file) as image:
+        x = np.array(ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size)))
+    x = torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latent = pipe.vae.encode(x.to(pipe.vae.device)).latent_dist.sample(generator)
+    return (latent * pipe.vae.config.scaling_factor).half().cpu()
+
+
+@torch.no_grad()
+def decode(pipe, latents):
+    """Latents (n, 4, h, w) -> images uint8 (n, 3, 8 h, 8 w), one by one for the memory."""
+    latents = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.device)
+    x = torch.cat([pipe.vae.decode(latent).sample.cpu() for latent in latents.split(1)])
+    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,454 @@
+"""Algorithm 1 on Stable Diffusion 1.5: text to image in one step (the paper's Figures 2 and 3).
+
+    pip install -r requirements.txt -r requirements-sd.txt
+    python sd_distill.py --prompts prompts.txt --data photos    # photos/1.jpg and photos/1.txt, ...
+    python sd_distill.py --prompts prompts.txt                  # p: the teacher's own samples
+    torchrun --nproc_per_node=8 sd_distill.py --prompts prompts.txt --data photos --batch 64
+    python sd_distill.py --prompts prompts.txt --resume         # goes on
+    python sd_distill.py sample runs/sd_kl --prompt "a red fox in the snow" --out grid.png
+
+A latent diffusion model that predicts the noise is EDM's denoiser in other coordinates (SDPrecond),
+so that cifar_distill.py's Distiller runs on it as it is. Its tests use tiny networks: it has not
+been run on Stable Diffusion's weights, and how good its images are is not known.
+"""
+from plumbing.run import rank, run_main, tune_cpu, world
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import bregman
+from cifar_distill import Distiller
+from data import SUFFIXES, save_grid
+from edm import Guided, heun
+from ncsnpp import per_image
+from plumbing.files import atomic, reading, save_atomic
+from plumbing.latents import (MISSING, decode, embed, encode, latent_shape, load_model,
+                              read_captions, read_prompts)
+from plumbing.loop import Loop, folder
+from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
+                              torch_device, torch_seed, validate)
+from plumbing.plots import side_by_side
+from plumbing.weights import check_form
+
+if not MISSING:                     # without them main() says what to install
+    from peft import LoraConfig
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+          "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+          "time_emb_proj"]          # what gets an adapter: LCM-LoRA's choice (arXiv 2311.05556)
+HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Config:
+    h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
+    lam: real = 5.0             # SBA's lambda
+    prompts: text = "prompts.txt"       # one prompt a line
+    data: str = ""              # folder of images with captions, a.jpg with a.txt, for the
+                                # classifier's p; without it: the teacher's own samples
+    model: text = "stable-diffusion-v1-5/stable-diffusion-v1-5"     # or a folder in that layout
+    w: real = 1.75              # the teacher's guidance, 1 for none: DMD2's
+    full: bool = False          # train whole networks, not adapters; DMD2's rates for it are 1e-5
+    rank: count = 64            # of the adapters
+    size: count = 512           # pixels
+    bank: count = 1000          # the teacher's samples, where there is no --data
+    steps: count = 25           # of the teacher's sampler: 2 steps - 1 evaluations, each guided
+    kimg: positive = 20         # thousands of generated images, the run's length
+    batch: count = 8            # images a step, over all processes
+    lr_g: positive = 1e-4       # generator's Adam
+    lr_f: positive = 1e-4       # fake network's: score and classifier
+    wait_kimg: nonnegative = 1.0        # for which the generator waits for the fake network
+    sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init, c): t = 625, as SiD-LSG
+    t_min: share = 0.02         # the generator's noise levels: from this
+    t_max: share = 0.98         # to this share of the teacher's times, as DMD2
+    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t) is sigma^2 over this; "dmd": |x - D_real|'s mean
+    p_mean: real = 0.5          # the fake network's: ln sigma is normal with this mean
+    p_std: positive = 1.2       # and this standard deviation, as Stable Diffusion's own levels
+    clip: nonnegative = 5.0     # log r within +-clip
+    norm: Literal["level", "batch"] = "level"   # log r less its running mean at its noise level, or
+                                # as it is; weights have batch mean one
+    ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
+    gan: nonnegative = 0.0      # w_GAN, line 13
+    ema_kimg: positive = 1.0    # half-life of the generator's average, which is what is shown
+    seed: torch_seed = 0        # of all random numbers
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1
+    amp: Literal["no", "bf16", "fp16"] = "fp16" if torch.cuda.is_available() else "no"  # autocast,
+                                # and the precision of weights that are not trained
+    gradient_checkpointing: bool = False    # a third more time, for the memory of a small card
+    eval_every: positive = 0.5  # kimg between rows of log.csv and grids
+    preview: count = 4          # samples in each grid, of the first prompts
+    save_every: positive = 1.0  # kimg between checkpoints
+
+    # Options of cifar_distill.py that have one value here.
+    part, teacher_free, decay_kimg, grad_clip = "both", False, 0.0, 0.0
+
+    def __post_init__(self):
+        validate(self)
+        bregman.get(self.h, self.lam)
+        if self.t_min >= self.t_max:
+            raise ValueError("--t-min must be below --t-max")
+        if self.batch % world():
+            raise ValueError(f"--batch {self.batch} does not divide into {world()} processes")
+        if self.amp == "fp16" and not self.device.startswith("cuda"):
+            raise ValueError(f"--amp fp16 needs an NVIDIA GPU, not --device {self.device}: "
+                             "take --amp no")
+
+
+# --------------------------------------------------------------------------------- the denoiser
+
+def interpolate(x, xs, ys):
+    """The line through the points (xs, ys), (n,) with rising xs, at x; beyond them it is level."""
+    i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    inside = ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1)
+    return ys[i - 1].lerp(ys[i], inside)
+
+
+class SDPrecond(nn.Module):
+    """Stable Diffusion as EDM's denoiser: D(x; sigma, c) = x - sigma eps(x_vp, t, c), with
+    x_vp = x / sqrt(1 + sigma^2) and sigma(t) = sqrt((1 - abar_t) / abar_t), from 0.029 (t = 0) to
+    14.6 (t = 999).
+
+    unet: diffusers' UNet2DConditionModel, which predicts the noise eps. abar: its scheduler's
+    alphas_cumprod, (1000,). ln sigma is linear between two times.
+    """
+    sigma_data = 1.0                # of latents, which Stable Diffusion scales to that
+    label_dim = 0                   # no classes: c is a text
+
+    def __init__(self, unet, abar):
+        super().__init__()
+        self.unet, abar = unet, abar.double()
+        log_sigma = ((1 - abar) / abar).log() / 2
+        self.register_buffer("log_sigma", log_sigma.float(), persistent=False)
+        self.register_buffer("times", torch.arange(len(abar)).float(), persistent=False)
+
+    def levels(self, t):
+        """Times as shares of the last one, in [0, 1], (n,) -> noise levels (n,)."""
+        return interpolate(t * self.times[-1], self.times, self.log_sigma).exp()
+
+    def _encode(self, x, sigma, c):
+        """-> the middle block's features, the skips, and the embedding of the time."""
+        unet = self.unet
+        t = interpolate(sigma.log(), self.log_sigma, self.times).flatten().expand(len(x))
+        emb = unet.time_embedding(unet.time_proj(t))                        # (N, 1280)
+        h = unet.conv_in(x * (1 + sigma ** 2).rsqrt())                      # (N, 320, 64, 64)
+        skips = [h]
+        for block in unet.down_blocks:
+            h, more = block(h, emb, **reads_text(block, c))
+            skips += more
+        return unet.mid_block(h, emb, **reads_text(unet.mid_block, c)), skips, emb
+
+    def _decode(self, h, skips, emb, c):
+        for block in self.unet.up_blocks:
+            n = len(block.resnets)
+            h = block(h, tuple(skips[-n:]), emb, **reads_text(block, c))
+            skips = skips[:-n]
+        return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
+
+    def forward(self, x, sigma, c, return_logits=False):
+        """Denoise, and on request classify, in one pass.
+
+        x: latents plus noise, float (N, 4, 64, 64). sigma: > 0, a number, (N,) or (N, 1, 1, 1).
+        c: the text encoder's last states (N, 77, 768). Returns D_x float32 (N, 4, 64, 64), and the
+        logits of encode() with return_logits.
+        """
+        x, sigma = x.float(), per_image(sigma, x)
+        h, skips, emb = self._encode(x, sigma, c)
+        D_x = x - sigma * self._decode(h, skips, emb, c).float()
+        return (D_x, h.float().mean(1)) if return_logits else D_x
+
+    def encode(self, x, sigma, c):
+        """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
+        the channel mean of the middle block's features. Arguments as forward."""
+        h, _, _ = self._encode(x.float(), per_image(sigma, x), c)
+        return h.float().mean(1)
+
+    def state_dict(self, **how):
+        """The adapter alone, where there is one: the other weights are the teacher's."""
+        state = super().state_dict(**how)
+        return {k: v for k, v in state.items() if "lora_" in k} or state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state, strict=False)
+
+
+def reads_text(block, c):
+    return {"encoder_hidden_states": c} if getattr(block, "has_cross_attention", False) else {}
+
+
+class WithoutPrompt(nn.Module):
+    """The same network for the empty prompt's states, (1, 77, 768): the weak one of guidance."""
+    label_dim = 0
+
+    def __init__(self, net, empty):
+        super().__init__()
+        self.net = net
+        self.register_buffer("empty", empty.float(), persistent=False)
+
+    def forward(self, x, sigma, c):
+        return self.net(x, sigma, self.empty.expand(len(x), -1, -1))
+
+
+def start_from(net, cfg):
+    """-> a network to train that computes what `net` does. Its adapter, (rank x inputs) and
+    (outputs x rank) beside each layer, begins at zero; all its other weights are those of `net`,
+    not copies. Trained weights are float32."""
+    if cfg.full:
+        return copy.deepcopy(net).float().requires_grad_(True)
+    net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+    torch.manual_seed(cfg.seed)                             # the same adapter in all processes
+    net.unet.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=LAYERS))
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return net.eval()
+
+
+class SD(Distiller):
+    """Algorithm 1 on latents. inputs: what load_inputs returns.
+
+    Each network has its own adapter in its own modules. One UNet whose adapters are switched would
+    be a trap: with gradient checkpointing the forward is computed again during backward, under
+    whichever adapter is active then, and peft takes the gradients of those that rest.
+    """
+
+    def __init__(self, cfg, teacher, inputs):
+        super().__init__(cfg, teacher, inputs["latents"])
+        self.prompts, self.captions = inputs["prompts"], inputs["captions"]     # (N, 77, 768)
+
+    def copy_weights(self):
+        """Line 1 -> G, the fake network and G's average: the teacher, not guided."""
+        nets = [start_from(self.teacher.good, self.cfg) for _ in range(3)]
+        if self.cfg.gradient_checkpointing:
+            for net in nets[:2]:
+                net.unet.enable_gradient_checkpointing()
+        return nets
+
+    def levels(self, t):
+        return self.teacher.good.levels(t)
+
+    def pick(self, index, kind):
+        """-> the real latents at `index` (n,), their captions, and prompts to generate."""
+        prompt = torch.randint(len(self.prompts), (len(index),), **kind)
+        return dict(real=self.images[index].float(), c=self.states(self.prompts, prompt),
+                    c_real=self.states(self.captions, index))
+
+    def states(self, kept, index):
+        """118 kB a text: too many for a GPU, so they stay in a file and come as they are needed."""
+        return kept[index.cpu()].to(self.cfg.device).float()
+
+    def draw(self):
+        b = super().draw()
+        b.sigma_f.clamp_(*self.levels(torch.tensor([0.0, 1.0], device=self.cfg.device)).tolist())
+        return b
+
+
+@torch.no_grad()
+def sample(net, c, shape, sigmas, cfg, seed=0):
+    """-> a latent for each text's states c (n, 77, 768): float32 (n, *shape) on the CPU. sigmas:
+    the noise levels of heun."""
+    generator, latents = torch.Generator().manual_seed(seed), []
+    for part in c.split(cfg.batch):
+        z = torch.randn(len(part), *shape, generator=generator).to(cfg.device)
+        with torch.autocast(z.device.type, HALF[cfg.amp], cfg.amp != "no"):
+            latents.append(heun(net, z, sigmas, part.to(cfg.device).float()).cpu())
+    return torch.cat(latents)
+
+
+def grid(net, steps):
+    """The sampler's noise levels for a teacher: falling, at equal steps of t, and 0."""
+    return [*net.levels(torch.linspace(1, 0, steps, device=net.times.device)).tolist(), 0.0]
+
+
+# ------------------------------------------------------- what is computed once, and then kept
+
+def make_inputs(cfg, pipe, net, prompts, pairs):
+    """-> the states of the empty prompt, of the prompts and of the captions, and a latent for each
+    caption: of `pairs` or, if there are none, the teacher's for the prompts in turn."""
+    pipe.text_encoder.to(cfg.device)
+    inputs = {"empty": embed(pipe, [""]), "prompts": embed(pipe, prompts)}
+    if pairs:
+        generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+        inputs["captions"] = embed(pipe, [caption for _, caption in pairs])
+        latents = [encode(pipe, file, cfg.size, generator) for file, _ in tqdm(pairs, "images")]
+        inputs["latents"] = torch.cat(latents)
+    else:
+        print(f"drawing {cfg.bank} samples of the teacher, once")
+        inputs["captions"] = inputs["prompts"][torch.arange(cfg.bank) % len(prompts)]
+        teacher = Guided(net, WithoutPrompt(net, inputs["empty"]), cfg.w).to(cfg.device)
+        shape = latent_shape(pipe, cfg.size)
+        inputs["latents"] = sample(teacher, inputs["captions"], shape, grid(net, cfg.steps), cfg,
+                                   seed=cfg.seed + 1).half()
+    pipe.text_encoder.to("cpu")
+    return inputs
+
+
+def load_inputs(cfg, pipe, net, file):
+    """-> make_inputs' result, made once and kept in `file`. Raises ValueError if that was made of
+    other prompts, images or settings."""
+    prompts = read_prompts(cfg.prompts)
+    pairs = read_captions(cfg.data, SUFFIXES) if cfg.data else []
+    told = json.dumps([prompts, [[f.name, f.stat().st_size, caption] for f, caption in pairs]])
+    names = ("model", "size", "seed") if pairs else ("model", "size", "seed", "w", "bank", "steps")
+    of = {name: getattr(cfg, name) for name in names}
+    of["texts"] = hashlib.sha256(told.encode()).hexdigest()
+    if not file.exists():
+        save_atomic(make_inputs(cfg, pipe, net, prompts, pairs) | {"of": of}, file)
+    with reading(file, "the inputs of this run"):
+        inputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if inputs["of"] != of:
+            raise ValueError("it was made of other prompts, images or settings than these")
+    return inputs
+
+
+def load_all(cfg, out):
+    """-> pipeline, teacher, inputs. Process 0 comes first, since it downloads and computes."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    pipe = load_model(cfg.model)
+    latent_shape(pipe, cfg.size)
+    pipe.vae.to(cfg.device)
+    net = SDPrecond(pipe.unet.to(HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
+    net = net.to(cfg.device).eval().requires_grad_(False)
+    inputs = load_inputs(cfg, pipe, net, out / "inputs.pt")
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+    return pipe, Guided(net, WithoutPrompt(net, inputs["empty"]), cfg.w), inputs
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
+COLUMNS = ("variance", "neighbours", "ess", "tau", "log_r", "log_r_std", "loss_score",
+           "loss_class", "grad_g", "grad_f")
+
+
+def neighbours(x):
+    """The correlation of neighbours in latents (n, 4, h, w): about 0 for noise."""
+    x = x - x.mean((2, 3), keepdim=True)
+    return ((x[..., 1:] * x[..., :-1]).mean() / x.square().mean()).item()
+
+
+def check_collapse(seen, variance, own, teachers):
+    """Raises FloatingPointError where the student draws noise, as SiD-LSG's users saw it do without
+    a word. variance: of its latents, over the teacher's. own, teachers: neighbours() of both."""
+    if variance > 4 or teachers > 0.2 and own < 0.2 * teachers:
+        raise FloatingPointError(
+            f"after {seen} images the student collapsed to noise: its latents have {variance:.2g} "
+            f"times the teacher's variance, and their neighbours correlate by {own:.2g}, the "
+            f"teacher's by {teachers:.2g}; begin anew with lower --lr-g and longer --wait-kimg")
+
+
+def run(cfg, out, resume=False):
+    """Distil, into the folder `out`. -> exit status."""
+    with folder(cfg, out, resume, FREE, COLUMNS) as state:
+        pipe, teacher, inputs = load_all(cfg, out)
+        d = SD(cfg, teacher, inputs)
+        if state:
+            d.load(state, str(out / "checkpoint.pt"))
+        prompts, shape = inputs["prompts"], d.images.shape[1:]
+        c = prompts[torch.arange(cfg.preview) % len(prompts)]
+        if rank() == 0:
+            theirs = sample(d.teacher, c, shape, grid(teacher.good, cfg.steps), cfg)
+            their_images = decode(pipe, theirs)
+
+        def evaluate():
+            mine = sample(d.ema, c, shape, (cfg.sigma_init, 0.0), cfg)      # the same noise
+            row = {"variance": (mine.var() / theirs.var()).item(), "neighbours": neighbours(mine)}
+            row |= d.averages()
+            side_by_side({"teacher": their_images, "student, one step": decode(pipe, mine)},
+                         out / f"grid_{d.seen:09}.png")
+            save_student(d.ema, cfg, out / "student.safetensors")
+            tqdm.write(f"{d.seen} images: " + ", ".join(
+                f"{name} {row[name]:.3g}" for name in COLUMNS[:6] if name in row))
+            if d.moves:
+                check_collapse(d.seen, row["variance"], row["neighbours"], neighbours(theirs))
+            return row
+
+        status = Loop(d, cfg, out, COLUMNS, evaluate, cfg.eval_every, state).run()
+    if rank() == 0 and not status:
+        print(f"{d.seen} images: {out}/student.safetensors, and grids beside it")
+    return status
+
+
+def save_student(net, cfg, file):
+    """The weights, an adapter's as diffusers' load_lora_weights takes them, with the options."""
+    tensors = {k.replace(".default", ""): v.contiguous() for k, v in net.state_dict().items()}
+    with atomic(file) as tmp:
+        save_file(tensors, tmp, metadata={"config": json.dumps(asdict(cfg))})
+
+
+def load_student(file, device, model):
+    """-> Config, pipeline, network. model: where it is now, if not where it was in training.
+    Raises ValueError, naming the file."""
+    with reading(file, "a student of sd_distill.py"), safe_open(file, "pt") as f:
+        now = {"device": device, "amp": "no"} | ({"model": model} if model else {})
+        cfg = Config(**json.loads(f.metadata()["config"]) | now)
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    pipe = load_model(cfg.model)
+    net = SDPrecond(pipe.unet, pipe.scheduler.alphas_cumprod).eval().requires_grad_(False)
+    net = start_from(net, cfg)
+    names = {k.replace(".default", ""): k for k in net.state_dict()}
+    check_form({k: net.state_dict()[names[k]] for k in names}, tensors, str(file))
+    net.load_state_dict({names[k]: v for k, v in tensors.items()})
+    return cfg, pipe, net.to(device)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+def parse(argv):
+    """-> Config, output folder, resume."""
+    parser = Parser(prog="sd_distill.py", description=__doc__.splitlines()[0])
+    parser.add("out", path, None, "the run's folder (runs/sd_H)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_fields(Config, default=lambda f: argparse.SUPPRESS)
+    args = vars(parser.parse_args(argv))
+    out, resume = args.pop("out"), args.pop("resume")
+    if world() > 1 and args.get("device", Config.device) == "cuda":
+        args["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    cfg = Config(**args)
+    h = f"{cfg.h}{cfg.lam:g}" if cfg.h == "sba" else cfg.h
+    return cfg, out or Path("runs") / f"sd_{h}", resume
+
+
+def draw(argv):
+    """The command `sample`."""
+    parser = Parser(prog="sd_distill.py sample", description="Draw images from a student.")
+    parser.add_argument("run", type=path, help="a run's folder")
+    parser.add_argument("--prompt", action="append", required=True, help="what to draw")
+    parser.add_argument("-n", type=count, default=4, help="images for each prompt (4)")
+    parser.add("seed", torch_seed, 0, "of the noise")
+    parser.add("device", torch_device, Config.device, "where to compute")
+    parser.add("model", str, "", "the teacher's folder, if it is not where it was in training")
+    parser.add("out", path, "runs/sd_samples.png", "a grid as PNG, a row for each prompt")
+    args = parser.parse_args(argv)
+    cfg, pipe, net = load_student(args.run / "student.safetensors", args.device, args.model)
+    c = embed(pipe, args.prompt).repeat_interleave(args.n, 0)
+    latents = sample(net, c, latent_shape(pipe, cfg.size), (cfg.sigma_init, 0.0), cfg, args.seed)
+    save_grid(decode(pipe, latents), args.out, columns=args.n, scale=1)
+    print(f"{len(c)} images, one evaluation each: {args.out}")
+
+
+def main(argv):
+    if MISSING:
+        raise ValueError(f"{MISSING}: pip install -r requirements-sd.txt")
+    tune_cpu()
+    if argv[:1] == ["sample"]:
+        return draw(argv[1:])
+    return run(*parse(argv))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,423 @@
+"""toy2d.py: one update by hand, every option, every bad input."""
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import toy2d
+from bregman import NAMES, batch_weights, split
+from plane import TARGETS, log_q, mode_statistics
+from toy2d import Config, Distiller, compare_ratios, distil
+
+TINY = dict(steps=6, batch=32, width=16, init_steps=5)
+TINY_OPTIONS = "--steps 6 --batch 32 --width 16 --init-steps 5".split()
+close = torch.testing.assert_close
+ROWS = [n for n in NAMES if n not in ("sba", "rkl", "fkl", "js")]       # a row of its own each
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """toy2d.main takes one: the next test gets back its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Measure with 16 x 16 cells: what they give for 128 x 128 is in test_plane.py."""
+    monkeypatch.setattr(toy2d, "log_q", lambda G, x_t, sigma, cells=128: log_q(
+        G, x_t, sigma, max(2, cells // 8)))
+
+
+def trained(**options):
+    """A Distiller after all its steps, and what each logged."""
+    d = Distiller(Config(**TINY | options))
+    return d, [d.step() or dict(d.last) for _ in range(d.cfg.steps)]
+
+
+def prepared(**options):
+    """A Distiller whose fake network is no longer at its start, and a batch."""
+    d = Distiller(Config(**TINY | options))
+    g = torch.Generator().manual_seed(5)
+    for p in d.fake.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=g)
+    return d, SimpleNamespace(
+        z=torch.randn(32, 2, generator=g), sigma=torch.linspace(0.1, 1.5, 32)[:, None],
+        noise=torch.randn(32, 2, generator=g))
+
+
+def scores(d, x_t, sigma):
+    """s_phi, s_psi and log r, each from its definition."""
+    F_x, logit = d.fake.outputs(x_t, sigma)
+    D_fake = d.teacher(x_t, sigma) + d.fake.c_out(sigma) * F_x
+    return d.teacher.score(x_t, sigma), (D_fake - x_t) / sigma ** 2, -logit
+
+
+def noised(d, b):
+    return d.G(b.z).detach() + b.sigma * b.noise
+
+
+def field(d, x_t, b):
+    """What reaches x in step(): the gradient of the loss in x_t."""
+    gap, slope, log_r = d.compare(x_t.clone(), b)
+    w = d.weigh(log_r)
+    if d.cfg.reward:
+        slope = slope - d.reward_slope(x_t, b)
+    return w * gap + slope
+
+
+# ------------------------------------------------------------------------------------ Algorithm 1
+
+def test_copy_weights_starts_the_student_at_the_teachers_denoiser():
+    d = Distiller(Config())
+    z, sigma = d.normal(2000), torch.full((2000, 1), d.cfg.sigma_init)
+    expected = d.teacher(sigma * z, sigma)
+    assert (d.G(z) - expected).square().mean() < 2e-3 * expected.square().mean()
+    close(d.fake(z, sigma), d.teacher(z, sigma))            # and the fake score at the teacher's
+
+
+@pytest.mark.parametrize("h, lam", [(n, 1.0) for n in ROWS] + [("sba", 5.0), ("sba", -2.0)])
+def test_update_is_eq_4(h, lam, monkeypatch):
+    """The gradient that step() gives theta, against -E[h''(r) r (s_phi - s_psi) w dG/dtheta]
+    summed sample by sample from Jacobians."""
+    d, b = prepared(h=h, lam=lam, clip=2.0)
+    monkeypatch.setattr(d, "draw", lambda: b)
+    b.real, b.sigma_f, b.noise_f = b.z, b.sigma, b.noise
+    with torch.no_grad():
+        s_phi, s_psi, log_r = scores(d, noised(d, b), b.sigma)
+    log_w = d.h.log_weight(log_r.clamp(-2, 2))
+    w = log_w.exp() / log_w.exp().mean()
+    by_hand = [torch.zeros_like(p) for p in d.G.parameters()]
+    for i in range(32):
+        along = -w[i] * b.sigma[i] * (s_phi[i] - s_psi[i])                          # Eq. (4)
+        for j in range(2):
+            dG = torch.autograd.grad(d.G(b.z[i:i + 1])[0, j], list(d.G.parameters()))
+            for total, g in zip(by_hand, dG):
+                total += along[j] * g / 64                  # the mean over samples and coordinates
+    d.step()
+    for p, expected in zip(d.G.parameters(), by_hand):
+        close(p.grad, expected, rtol=1e-3, atol=1e-6)
+    close(d.last["ess"], 1 / w.square().mean())
+
+
+def test_reward_update_is_the_corrected_eq_35():
+    d, b = prepared(h="sba", lam=50.0, reward="linear", ess=0.9)
+    x_t = noised(d, b)
+    got = field(d, x_t, b)
+    with torch.no_grad():
+        s_phi, s_psi, log_r = scores(d, x_t, b.sigma)
+    x = x_t.clone().requires_grad_()
+    log_star = d.target.log_p(x, b.sigma) - d.teacher.log_p(x, b.sigma)
+    slope, = torch.autograd.grad(log_star.sum(), x)
+    lam = 50 * batch_weights(50 * log_r, 0.9)[2]        # h''(r) r = r^lam, tempered
+    assert 0 < lam < 50
+    w, w_star = (lam * log_r).exp(), (lam * log_star.detach().clamp(-5, 5)[:, None]).exp()
+    expected = -(w * (s_phi - s_psi) + w_star * slope) / w.mean()
+    close(got, b.sigma * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_first_order_reward_is_eq_25():
+    d, b = prepared(reward="linear", first_order=True)
+    x = (b.z * 0.5).requires_grad_()
+    log_star, slope = d.log_r_star(x, b.sigma)
+    z0 = (d.teacher.sample(400000, d.generator) @ d.a).exp().mean()     # Eq. (31)
+    expected = d.teacher(x, b.sigma) @ d.a - z0.log()
+    close(log_star, expected.detach(), rtol=0, atol=0.01)
+    by_autograd, = torch.autograd.grad(expected.sum(), x)
+    close(slope, by_autograd)
+    exact, _ = prepared(reward="linear")[0].log_r_star(x.detach(), b.sigma)
+    assert (log_star - exact).abs().max() > 0.05                        # it is an approximation
+
+
+def test_teacher_free_update_is_the_corrected_eq_37_and_ignores_the_scores():
+    d, b = prepared(teacher_free=True, h="be")
+    x_t = noised(d, b)
+    got = field(d, x_t, b)
+    x = x_t.clone().requires_grad_()
+    r = (-d.fake.encode(x, b.sigma)).exp()
+    slope, = torch.autograd.grad(r.sum(), x)
+    second = 1 / r.detach() ** 2                                        # h'' of h = -log r
+    w = second * r.detach()
+    assert r.log().abs().max() < 5                                      # nothing is clipped
+    close(got, b.sigma * second * slope / w.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_gan_term_is_the_gradient_of_minus_log_D():
+    (d, b), (plain, _) = prepared(gan=0.7), prepared()
+    x_t = noised(d, b).requires_grad_()
+    loss = -torch.sigmoid(d.fake.encode(x_t, b.sigma)).log().sum()
+    slope, = torch.autograd.grad(loss, x_t)
+    close(field(d, x_t.detach(), b) - field(plain, x_t.detach(), b), 0.7 * slope,
+          rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["level", "sample"])
+def test_parts_of_the_weight(part):
+    """Either part has mean one in the batch; over two steps the level's mean is a running one."""
+    d, _ = prepared(h="sba", lam=2.0, part=part)
+    log_mean, g = torch.zeros(16), torch.Generator().manual_seed(0)
+    for step in range(2):
+        log_r = torch.linspace(1, -1, 32)[:, None] + 0.3 * torch.randn(32, 1, generator=g)
+        w = d.weigh(log_r)
+        parts = dict(zip(("level", "sample"), split(2 * log_r[:, 0], log_mean, 1 / (1 + step))))
+        close(w, batch_weights(parts[part])[0][:, None])
+        close(w.mean(), torch.tensor(1.0))
+        d.moves += 1
+    by_level = w.view(16, 2)                                # noise levels rise in the batch
+    if part == "level":                                     # weight goes where log r is larger
+        assert (by_level[:, 0] == by_level[:, 1]).all() and w[:8].mean() > 5 * w[-8:].mean()
+    else:
+        assert 0.5 < w[:16].mean() / w[16:].mean() < 2
+
+
+def test_mean_head_is_the_mean_of_what_the_scores_are_read_from():
+    fake = Distiller(Config(**TINY, head="mean")).fake
+    x, sigma = torch.linspace(-1, 1, 10).view(5, 2), torch.full((5, 1), 0.4)
+    seen = []
+    fake.net[-2].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    close(fake.encode(x, sigma), seen[0].mean(1, keepdim=True))
+
+
+def test_fake_loss_is_edms_and_eq_5():
+    """Denoising with EDM's weight in units of c_out, and two cross entropies, sample by sample."""
+    d, b = prepared()
+    b.sigma_f, b.noise_f, b.real = b.sigma, b.noise, 0.5 * b.z.flip(0)
+    x, total = d.G(b.z).detach(), 0
+    for i in range(32):
+        s, one = b.sigma[i:i + 1], slice(i, i + 1)
+        D_x, logit = d.fake(x[one] + s * b.noise[one], s, return_logits=True)
+        real = d.fake.encode(b.real[one] + s * b.noise[one], s)
+        weight = (s ** 2 + 0.7 ** 2) / (s * 0.7) ** 2                               # EDM Table 1
+        total += (weight * (D_x - x[one]) ** 2).mean() / 32
+        total -= ((1 - logit.sigmoid()).log() + real.sigmoid().log()).squeeze() / 32
+    close(d.fake_loss(x, b), total, rtol=1e-4, atol=0)
+
+
+def test_classifier_learns_at_its_noise_levels_alone():
+    d = Distiller(Config(**TINY))
+    d.cfg.class_min, d.cfg.class_max = 100.0, 200.0
+    before = d.fake.net[-1].weight[2].clone()
+    d.step()
+    assert d.last["loss_class"] == 0 and torch.equal(d.fake.net[-1].weight[2], before)
+    d = Distiller(Config(**TINY))
+    d.step()
+    assert abs(d.last["loss_class"] - 2 * math.log(2)) < 0.01
+    assert not torch.equal(d.fake.net[-1].weight[2], before)
+
+
+def test_exact_ratio_trains_no_classifier(coarse):
+    d, result, _, frames = distil(Config(**TINY, ratio="exact"), bar=False)
+    assert result["log_r_error"] is None and result["log_r_by_sigma"] == {}
+    assert len(result["ruler_by_sigma"]) == 8
+    assert (d.fake.net[-1].weight[2] == 0).all() and d.fake.net[-1].bias[2] == 0
+    assert (d.fake.net[-1].weight[:2] != 0).any()           # the scores are trained
+    assert np.abs(frames["log_r"]).max() > 0.1              # and what is recorded is the truth
+    d, result, *_ = distil(Config(**TINY, ratio="exact", gan=0.1), bar=False)
+    assert (d.fake.net[-1].weight[2] != 0).any()            # but for the adversarial loss
+    errors = list(result["log_r_by_sigma"].values())
+    assert len(errors) == 8 and result["log_r_error"] == np.median(errors) > 0
+
+
+def test_exact_ratio_is_the_truth_in_training():
+    d, b = prepared(ratio="exact", cells=64)
+    x_t = noised(d, b)
+    log_r = d.compare(x_t, b)[2]
+    close(log_r, d.log_r(d.G, x_t, b.sigma, 64))
+    assert (log_r - d.log_r(d.G, x_t, b.sigma, 128)).abs().max() < 0.05
+
+
+# -------------------------------------------------------------------------------- what is measured
+
+def test_classifier_is_judged_on_the_student_that_it_follows():
+    """Not on the averaged one, which lies elsewhere."""
+    d, _ = prepared()
+    state = d.generator.get_state()
+    expected = compare_ratios(d, 0.3, 50)
+    for p in d.ema:
+        p.add_(1.0)
+    d.generator.set_state(state)
+    for got, before in zip(compare_ratios(d, 0.3, 50), expected):
+        close(got, before)
+    assert (d.samples(500).mean(0) - d.G(d.normal(500)).mean(0)).abs().min() > 0.3
+
+
+def test_measured_divergences_of_a_student_that_is_known(monkeypatch):
+    """G(z) = A z + b without an average: both divergences by quadrature on a grid."""
+    monkeypatch.setattr(toy2d, "log_q", lambda G, x_t, sigma, cells=64: log_q(G, x_t, sigma, 64))
+    d = Distiller(Config(**TINY))
+    d.G = torch.nn.Linear(2, 2)
+    d.G.weight.data, d.G.bias.data = 0.5 * torch.eye(2), torch.tensor([0.2, 0.0])
+    d.ema = [p.detach() for p in d.G.parameters()]
+    result = toy2d.measure(d)
+    edge = torch.linspace(-3, 3, 241, dtype=torch.float64)
+    grid, sigma = torch.cartesian_prod(edge, edge), torch.full((241 ** 2, 1), 0.05)
+    log_p = d.target.log_p(grid, sigma)
+    variance = 0.5 ** 2 + 0.05 ** 2
+    square = (grid - torch.tensor([0.2, 0.0])).square().sum(1)
+    log_q = -square / (2 * variance) - math.log(2 * math.pi * variance)
+    for key, a, b in (("kl_pq", log_p, log_q), ("kl_qp", log_q, log_p)):
+        truth, gap = (a.exp() * (a - b)).sum() * 0.025 ** 2, a - b
+        spread = ((a.exp() * gap ** 2).sum() * 0.025 ** 2 - truth ** 2).sqrt()
+        close(result[key], truth.item(), rtol=0, atol=4 * spread.item() / 1000 ** 0.5 + 0.02)
+
+
+def test_seeds_reproduce_bit_for_bit(coarse):
+    (a, ra, sa, fa), (b, rb, sb, fb), (c, *_) = [
+        distil(Config(**TINY, seed=s), bar=False) for s in (3, 3, 4)]
+    assert all(torch.equal(x, y) for x, y in zip(a.ema, b.ema)) and torch.equal(sa, sb)
+    assert not torch.equal(a.ema[0], c.ema[0])
+    assert ra | dict(seconds=0) == rb | dict(seconds=0)
+    assert all((fa[k] == fb[k]).all() for k in fa)
+    assert len(ra["history"]) == 6 and sa.shape == (6 * 32,)
+
+
+def test_frames_end_at_the_last_step(coarse):
+    *_, frames = distil(Config(**TINY), frames=4, points=20, bar=False)
+    assert frames["step"].tolist() == [1, 3, 6]             # of 1, 1.8, 3.3, 6
+    assert frames["x"].shape == (3, 20, 2) and frames["log_r"].shape == (3, 3, 20)
+
+
+def test_it_learns():
+    """In 300 small steps the student moves from the denoiser's blur towards the modes."""
+    d = Distiller(Config(steps=300, batch=128, width=48))
+    before = mode_statistics(d.samples(2000), d.target)["on_mode"]
+    for _ in range(300):
+        d.step()
+    stats = mode_statistics(d.samples(2000), d.target)
+    assert stats["on_mode"] > before + 0.1 and stats["modes_covered"] >= 6
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    d = Distiller(Config(**TINY))
+    d.fake.net[-1].bias.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 1: score_gap is nan at sigma = 0."):
+        d.step()
+    d = Distiller(Config(**TINY))
+    d.fake.net[-1].bias.data[2] = math.inf
+    with pytest.raises(FloatingPointError, match="step 1: log_r is inf at sigma = "):
+        d.step()
+
+
+# ----------------------------------------------------------------------------------------- options
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained(h="ls")[0].ema
+
+
+OPTIONS = [
+    dict(h="sba", lam=10), dict(ratio="exact"), dict(gan=0.5), dict(teacher_free=True),
+    dict(reward="linear"), dict(reward="linear", first_order=True), dict(norm="two-stage"),
+    dict(part="level"), dict(part="sample"), dict(clip=0.0), dict(target="grid25"),
+    dict(target="uneven8"), dict(anneal=0.0), dict(head="mean"), dict(class_min=0.3),
+    dict(class_max=0.3), dict(lr_g=2e-3), dict(lr_f=1e-3), dict(ema=0.2), dict(sigma_init=1.0),
+    dict(sigma_min=0.1), dict(sigma_max=1.0), dict(init_steps=6), dict(batch=33), dict(seed=1)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_runs_and_changes_the_student(options, plain):
+    d, logged = trained(**dict(h="ls") | options)
+    for name in ("log_r", "ess", "loss_score", "loss_class"):
+        assert all(step[name].isfinite().all() for step in logged)
+    assert any((a != b).any() for a, b in zip(d.ema, plain))
+
+
+def test_first_order_and_cells_change_what_they_belong_to():
+    for base, other in ((dict(reward="linear"), dict(first_order=True)),
+                        (dict(ratio="exact", h="ls", cells=8), dict(cells=4))):
+        (a, _), (b, _) = trained(**base), trained(**base | other)
+        assert any((p != q).any() for p, q in zip(a.ema, b.ema))
+
+
+def test_ess_holds_the_effective_sample_size():
+    """A new classifier's log r is small, so it takes a large lambda to spread the weights."""
+    free, held = (trained(h="sba", lam=50, ess=least)[1] for least in (0.0, 0.999))
+    assert min(step["ess"] for step in free) < 0.998
+    assert min(step["ess"] for step in held) >= 0.9989
+
+
+@pytest.mark.parametrize("options", [{}, dict(sigma_max=0.1), dict(sigma_min=0.6), dict(anneal=0)])
+def test_noise_levels_rise_within_their_range(options):
+    d = Distiller(Config(**TINY | options))
+    lowest = []
+    for d.moves in (0, 1, d.cfg.steps):
+        sigma = d.sigmas(32)[:, 0]
+        assert (sigma.diff() >= 0).all()
+        assert d.cfg.sigma_min * 0.999 < sigma[0] and sigma[-1] < d.cfg.sigma_max * 1.001
+        lowest.append(sigma[0].item())
+    if not options:                                 # --anneal: sigma_min comes down from 0.5
+        assert lowest[0] > 0.49 and lowest[0] > lowest[1] > lowest[2] and lowest[2] < 0.03
+
+
+# ------------------------------------------------------------------------------------ command line
+
+@pytest.mark.parametrize("args, name", [(["--h", "SBA", "--lam", "5"], "toy2d_sba_5"),
+                                        (["--ratio", "exact", "--cells", "8"], "toy2d_kl")])
+def test_command_line(tmp_path, monkeypatch, capsys, coarse, args, name):
+    monkeypatch.chdir(tmp_path)
+    toy2d.main([*args, *TINY_OPTIONS])
+    folder = tmp_path / "runs" / name
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "frames.npz", "picture.png", "result.json", "samples.npy"]
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    result = json.loads((folder / "result.json").read_text())
+    assert set("h lam seed modes modes_covered mode_tv on_mode kl_pq kl_qp log_r_error ess seconds"
+               .split()) <= set(result)
+    assert result["h"] == name.split("_")[1] and result["config"]["steps"] == 6
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    samples = np.load(folder / "samples.npy")
+    assert samples.shape == (3000, 2) and np.isfinite(samples).all()
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith(f"{result['modes_covered']} of 8 modes, TV {result['mode_tv']:.3f}")
+
+
+def test_help_tells_every_option_its_text_and_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        toy2d.main(["--help"])
+    out = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    entries = dict(e.partition(" ")[::2] for e in (" " + out).split(" --") if " " in e)
+    for f in fields(Config):
+        flag = f.name.replace("_", "-")
+        entry = entries[flag.removeprefix("no-") if f.type is not bool else f"no-{flag}"]
+        said = entry.removeprefix(f.name.upper()).strip()
+        assert len(said.split()) >= 3, f"--{flag}: {said!r}"
+        assert f.default == "" or said.endswith(f"({f.default})"), f"--{flag}: {said!r}"
+    assert "runs/toy2d_H" in entries["out"]
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--h kll", "--h.*kll"), ("--lam nan", "--lam"), ("--lam 1e9", "lam .* -50 to 50"),
+    ("--steps -1", "--steps"), ("--device cuda:9", "--device.*cuda:9"), ("--out file/x", "file"),
+    ("--out file", "file"), ("--target ring9", "--target.*ring8 grid25 uneven8"),
+    ("--norm x", "--norm.*two-stage"), ("--batch many", "--batch.*many"), ("--clip -1", "--clip"),
+    ("--sigma-min 3", "--sigma-min"), ("--ess 2", "--ess"), ("--head x", "--head.*linear mean"),
+    ("--ema 1", "--ema"), ("--part level --batch 15", "--part level .*--batch"),
+    ("--class-min 1 --class-max 1", "overlap"), ("--class-min 5", "overlap"),
+    ("--class-max 0.01", "overlap"), ("--reward linear --part level", "--reward"),
+    ("--reward cubic", "--reward.*linear"), ("--ratio exact --cells 1", "cells .* not 1"),
+    ("--ratio exact --cells 5000", "cells .* not 5000"), ("--bach 3", "--bach")])
+def test_bad_input(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises((SystemExit, ValueError, OSError)) as e:
+        toy2d.main([*TINY_OPTIONS, *args.split()])
+    said = capsys.readouterr().err if e.type is SystemExit else f"toy2d.py: {e.value}\n"
+    said = said.replace("\r", "\n").strip().splitlines()[-1]        # beside tqdm's bar
+    assert said.startswith("toy2d.py: ") and re.search(message, said), said
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, toy2d.__file__, "--sigma-min", "3"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr == "toy2d.py: need --sigma-min below --sigma-max, and --ema below 1\n"
