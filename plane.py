@@ -71,10 +71,11 @@ REWARDS = {"linear": torch.tensor([1.5, 0.0])}      # R(x) = exp(a x): Appendix 
 def log_q(G, x_t, sigma, cells=128):
     """log q_sigma(x_t), (N,), of any student x = G(z), z ~ N(0, I) in the plane.
 
-    The plane of z is cut into cells x cells of equal probability. In one, z has a mean m and, on
-    each axis, a variance v, and G is nearly its tangent: q_sigma is nearly the mean over cells of
-    N(G(m), sigma^2 I + J diag(v) J^T). x_t: (N, 2), sigma: (N, 1). Raises ValueError for a student
-    that does not map the plane to the plane, or for cells below 2 or beyond 1024 (3 GB).
+    The plane of z is cut into cells x cells of equal probability. The image of one is nearly a
+    Gaussian, whose mean and covariance C come from four points, exactly so where G is linear:
+    q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). x_t: (N, 2), sigma: (N, 1).
+    Raises ValueError for a student that does not map the plane to the plane, or for cells below 2
+    or beyond 1024 (3 GB).
     """
     if not 2 <= cells <= 1024:
         raise ValueError(f"cells must be from 2 to 1024, not {cells}")
@@ -84,15 +85,14 @@ def log_q(G, x_t, sigma, cells=128):
     density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
     m = -cells * density.diff()                                 # moments of a truncated normal, in
     v = 1 - cells * (edge * density).nan_to_num().diff() - m ** 2   # float64: v is a small difference
-    z, v = torch.cartesian_prod(m, m).to(x_t), torch.cartesian_prod(v, v).to(x_t)
-    along = torch.eye(2).to(x_t)
-    x, J_0 = torch.func.jvp(G, (z,), (along[0].expand_as(z),))                  # both (cells^2, 2)
-    _, J_1 = torch.func.jvp(G, (z,), (along[1].expand_as(z),))
-    if x.shape != z.shape:
+    at = torch.cat([m - v.sqrt(), m + v.sqrt()]).to(x_t)                        # (2 cells,)
+    x = G(torch.cartesian_prod(at, at))
+    if x.shape != (4 * cells ** 2, 2):
         raise ValueError(f"a student of the plane gives (N, 2), not {tuple(x.shape)}")
-    J_0, J_1 = J_0 * v[:, :1].sqrt(), J_1 * v[:, 1:].sqrt()
-    (xx, yy), xy = (J_0 ** 2 + J_1 ** 2).T, J_0.prod(1) + J_1.prod(1)
-    area = (J_0[:, 0] * J_1[:, 1] - J_0[:, 1] * J_1[:, 0]) ** 2                 # xx yy - xy^2
+    x = x.view(2, cells, 2, cells, 2).transpose(1, 2).reshape(4, -1, 2)         # (4, cells^2, 2)
+    off, x = x - x.mean(0), x.mean(0)
+    (xx, yy), xy = off.square().mean(0).T, off.prod(2).mean(0)                  # C
+    area = (xx * yy - xy ** 2).clamp(min=0)
     found, rows = [], max(1, 2 ** 22 // cells ** 2)             # 2^22 pairs at a time
     for some, s in zip(x_t.split(rows), (sigma ** 2).split(rows)):
         dx, dy = (some[:, None] - x).unbind(2)                                  # (rows, cells^2)

@@ -140,6 +140,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n" if rank() == 0 else None)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in args or []:
+            if arg.endswith("=--"):             # argparse drops the value, and passes a list
+                self.error(f"argument {arg[:-3]}: must not be --")
+        return super().parse_known_args(args, namespace)
+
     def add(self, name, kind, default, help, **how):
         """An option, with its default in its help."""
         values = default if isinstance(default, list) else [default]

@@ -45,7 +45,9 @@ def run_main(main):
         _check_environment()
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, FloatingPointError, MemoryError, OverflowError) as e:
-        reason = " ".join(str(e).split()) or "not enough memory"
+        named = isinstance(e, OSError) and e.filename and e.strerror        # without its number
+        reason = f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split())
+        reason = reason or "not enough memory"
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         if not re.search("alloc|memory|overflow", reason):

@@ -341,7 +341,7 @@ def command_lines(rng):
             if not takes:
                 yield Case("command line", f"{script} {flag}=evil", script, [*before, f"{flag}=evil"])
                 continue
-            for value in ["", *rng.sample(BAD[1:], 5)]:
+            for value in ["", *rng.sample(BAD[1:], 1 if flag in FREE_TEXT else 5)]:
                 yield Case("command line", f"{script} {flag} {value[:40]!r}", script,
                            [*before, f"{flag}={value}"] if value.startswith("-")
                            else [*before, flag, value], expected(flag, value))
@@ -363,7 +363,7 @@ NUMBERS_TOO = {     # values in BAD that some options take
 def expected(flag, value):
     if flag in FREE_TEXT and value not in TEXTS:
         return "either"
-    if flag in ("--guide", "--reward") and not value:
+    if flag in ("--guide", "--init", "--reward") and not value:
         return "either"
     return "either" if value in NUMBERS_TOO.get(flag, ()) or value == "1e-308" else "refuse"
 

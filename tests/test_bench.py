@@ -15,15 +15,15 @@ def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(bench, "matmul_peak", lambda where, dtype: 1.0)     # takes seconds
     for name, kwargs in NETS.items():
         monkeypatch.setitem(CONFIGS, name, kwargs)
-    assert bench.main(["--net", "tiny", "tiny-cond", "--batch", "2", "4", "--amp", "no", "bf16",
+    assert bench.main(["--net", "tiny", "tiny-cond", "--batch", "2", "--amp", "no", "bf16",
                        "--device", "cpu", "--rounds", "1", "--frechet", "8"]) == 0
     out = capsys.readouterr().out
     head, rule, *rows = [line.strip("|").split("|") for line in out.splitlines() if "|" in line]
-    assert len(rows) == 8 and [cell.strip() for cell in head] == list(bench.HEAD)
+    assert len(rows) == 4 and [cell.strip() for cell in head] == list(bench.HEAD)
     assert {len(r) for r in (head, rule, *rows)} == {len(bench.HEAD)}
     for row in rows:
         name, batch, precision, *numbers = (cell.strip() for cell in row)
-        assert name in NETS and batch in "24" and precision in ("fp32", "bf16")
+        assert name in NETS and batch == "2" and precision in ("fp32", "bf16")
         numbers = [float(cell.rstrip("%")) for cell in numbers]
         assert all(math.isfinite(v) and v >= 0 for v in numbers) and max(numbers) > 0
     assert "frechet in 8 dimensions" in out

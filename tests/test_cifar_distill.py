@@ -24,7 +24,7 @@ import bregman
 import cifar_distill
 import edm
 import fid
-from cifar_distill import PRESETS, Config, Distiller, beside, shipped
+from cifar_distill import Config, Distiller, beside, shipped
 from data import load_images, save_images
 from edm import Guided, load_teacher, sample
 from ncsnpp import CONFIGS, EDMPrecond
@@ -496,8 +496,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def here(files, monkeypatch):
     """In that folder, with the tiny networks known, and pictures left out."""
-    for name, kwargs in NETS.items():
-        monkeypatch.setitem(CONFIGS, name, kwargs)
+    monkeypatch.setattr(edm, "CONFIGS", NETS)
     monkeypatch.setattr(cifar_distill, "tune_cpu", lambda: None)    # it would stay for other tests
     monkeypatch.setattr(cifar_distill, "curve", lambda *a: None)
     monkeypatch.setattr(cifar_distill, "side_by_side", lambda *a: None)
@@ -519,15 +518,15 @@ def saved(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
 
-def unlike(state):
-    """A state without what differs between two equal runs."""
-    state = dict(state) | {"rows": [{k: v for k, v in row.items() if k != "seconds"}
-                                    for row in state["rows"]]}
-    return {k: v for k, v in state.items() if k not in ("seconds", "config")}
+def without(state, *keys):
+    """A state without what differs between two equal runs, and without `keys`."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in state["rows"]]
+    return {k: v for k, v in (state | {"rows": rows}).items()
+            if k not in ("seconds", "config", *keys)}
 
 
 def same_run(a, b):
-    return equal(unlike(saved(a)), unlike(saved(b)))
+    return equal(without(saved(a)), without(saved(b)))
 
 
 @pytest.fixture
@@ -542,8 +541,7 @@ def test_a_run_from_start_to_end(here, monkeypatch, capsys):
     """With pictures, by the command line, and what it writes."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    for name, kwargs in NETS.items():
-        monkeypatch.setitem(CONFIGS, name, kwargs)
+    monkeypatch.setattr(edm, "CONFIGS", NETS)
     monkeypatch.setattr(cifar_distill, "tune_cpu", lambda: None)
     assert start("end", eval_n=9, preview=4) == 0
     out = capsys.readouterr().out
@@ -589,15 +587,9 @@ def test_the_distances_are_those_of_fid(whole):
 def test_resume_is_the_same_run_bit_for_bit(whole):
     assert start("halves", kimg=0.004) == 0
     assert start("halves", "--resume") == 0
-    state = saved("halves")
-    assert [r["kimg"] for r in state["rows"]] == [0, 0.004, 0.008, 0.012]
-    del state["rows"][1]                        # the shorter run's last
-    state["rows"][1].clear(), state["rows"][2].clear()
-    expected = saved(whole)
-    expected["rows"][1].clear(), expected["rows"][2].clear()
-    assert equal(unlike(state)["G"], unlike(expected)["G"])
-    assert equal({k: v for k, v in unlike(state).items() if k not in ("rows", "sums")},
-                 {k: v for k, v in unlike(expected).items() if k not in ("rows", "sums")})
+    state, expected = saved("halves"), saved(whole)
+    assert [row["kimg"] for row in state["rows"]] == [0, 0.004, 0.008, 0.012]
+    assert equal(without(state, "rows", "sums"), without(expected, "rows", "sums"))
 
 
 def raise_in(monkeypatch, owner, name, at, number):
@@ -741,10 +733,10 @@ import torch
 sys.path[:0] = sys.argv[1:3]
 from test_cifar_distill import IMAGES, LABELS, NETS, distiller, gradients, teacher
 import cifar_distill
-from ncsnpp import CONFIGS
+import edm
 from plumbing.run import rank
 torch.set_num_threads(1)
-CONFIGS |= NETS
+edm.CONFIGS = NETS
 cifar_distill.curve = cifar_distill.side_by_side = lambda *a: None
 load_all = cifar_distill.load_all
 
@@ -915,27 +907,18 @@ def test_a_torn_checkpoint_is_not_resumed(whole):
         start("torn", "--resume")
 
 
-def test_help_tells_every_option_with_its_default(capsys):
-    for argv, named in (([], [f.name for f in fields(Config)] + ["preset", "out", "resume"]),
-                        (["sample"], ["n", "seed", "device", "out"])):
-        with pytest.raises(SystemExit) as e:
-            cifar_distill.main([*argv, "--help"])
-        assert e.value.code == 0
-        told = " ".join(capsys.readouterr().out.split("options:")[1].split())
-        parts = re.split(r" (?=--?[a-z][a-z0-9-]*(?: |,))", " " + told)
-        texts = {re.match(r"-+([a-z0-9-]+)", p)[1].replace("-", "_"): p for p in parts if p[:1] == "-"}
-        for name in named:
-            said = texts[name].split(" ", 2)[-1]
-            assert re.search("[a-z]{3}", said), (name, texts[name])
-    defaults = {f.name: f.default for f in fields(Config) if f.default != ""}
-    with pytest.raises(SystemExit):
-        cifar_distill.main(["--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert all(f"({value})" in told for value in defaults.values())
-
-
-def test_presets_are_configurations():
-    for name, options in PRESETS.items():
-        cfg = Config(**options | dict(device="cpu"))
-        assert all(getattr(cfg, k) == v for k, v in options.items()), name
-    assert Config(device="cpu") == Config(**PRESETS["compact"], device="cpu")
+def test_help_tells_every_option_with_its_default(monkeypatch):
+    parsers = []
+    monkeypatch.setattr(cifar_distill.Parser, "parse_args",
+                        lambda parser, argv: parsers.append(parser) or sys.exit())
+    for argv in ([], ["sample"]):
+        with pytest.raises(SystemExit):
+            cifar_distill.main(argv)
+    for parser in parsers:
+        assert all(re.search("[a-z]{2}", action.help) for action in parser._actions)
+        assert all(action.option_strings[-1] in parser.format_help()
+                   for action in parser._actions if action.option_strings)
+    said = {action.dest: action.help for action in parsers[0]._actions}
+    for f in fields(Config):
+        assert f.default == "" or f"({f.default})" in said[f.name], f.name
+    assert "(compact)" in said["preset"] and {"out", "resume"} < set(said)

@@ -89,8 +89,6 @@ def students():
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("h", ["kl", "be"])
 def test_log_q_is_that_of_brute_force(h, level):
-    """The root mean square is that of all points but the worst: far out, where a cell is wide, one
-    point in some hundreds is off by so much that it says nothing of the others."""
     G, fixture = students()[h]
     i = fixture["sigma"].index(level)
     truth, coarse, x_t = fixture["log_q"][i], fixture["log_q_coarse"][i], fixture["x_t"][i]
@@ -99,7 +97,7 @@ def test_log_q_is_that_of_brute_force(h, level):
     rms = {}
     for cells in (32, 64, 128):
         off = log_q(G, x_t, torch.full((128, 1), level), cells) - truth
-        rms[cells] = off.abs().sort()[0][:-1].square().mean().sqrt().item()
+        rms[cells] = off.square().mean().sqrt().item()
     assert rms[128] < 0.05 and rms[128] < rms[64] < rms[32] < 0.25
 
 
@@ -160,7 +158,7 @@ def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
 @pytest.mark.parametrize("G, x_t, cells, message", [
     (nn.Linear(2, 2), torch.zeros(5, 2), 1, "cells must be from 2 to"),
     (nn.Linear(2, 2), torch.zeros(5, 2), 5000, "not 5000"),
-    (nn.Linear(2, 3), torch.zeros(5, 2), 8, "not .64, 3."),
+    (nn.Linear(2, 3), torch.zeros(5, 2), 8, "not .256, 3."),
     (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t must be .N, 2., not .5, 3.")])
 def test_bad_input_of_log_q(G, x_t, cells, message):
     with pytest.raises(ValueError, match=message):
