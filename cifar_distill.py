@@ -213,7 +213,8 @@ class Distiller:
         classifier = (F.softplus(logits) + F.softplus(-real_logits)).mean((1, 2))       # Eq. (5)
         check_finite(f"after {self.seen} images", b.sigma_f, loss_score=score,
                      loss_class=classifier)
-        self.log(loss_score=score.mean(), loss_class=classifier.mean())
+        self.log(loss_score=gather(score.detach()).mean(),
+                 loss_class=gather(classifier.detach()).mean())
         return score.mean() + classifier.mean()                                         # line 22
 
     def descend(self, opt, loss, what):
@@ -337,7 +338,7 @@ class Distiller:
         self.seen, self.moves = state["seen"], state["moves"]
         self.level = state["level"].to(self.cfg.device)
         self.sums = {k: v.to(self.cfg.device) for k, v in state["sums"].items()}
-        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen)
+        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen, name)
 
 
 def trained(net):

@@ -364,7 +364,7 @@ class Trainer:
         for key in ("net", "ema", "muon", "adam"):
             getattr(self, key).load_state_dict(state[key])
         self.seen, self.loss = state["seen"], state["loss"]
-        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen)
+        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen, name)
 
 
 def train(cfg, out, resume=False):

@@ -126,17 +126,23 @@ def check_finite(when, sigma, **named):
                                      "as it was")
 
 
-def load_generator(generator, state, seed):
-    """Take up a generator's state; that of another kind of device does not fit, and the noise goes
-    on from `seed` instead."""
-    try:
-        generator.set_state(state)
-    except TypeError as e:
-        raise ValueError(f"the checkpoint's random numbers are no generator's state: {e}") from e
-    except RuntimeError:
+def load_generator(generator, state, seed, name="the checkpoint"):
+    """Take up a generator's state from the file `name`; that of another kind of device, which has
+    another length, does not fit, and the noise goes on from `seed` instead. Raises ValueError for
+    what is no state."""
+    own = generator.get_state()
+    if not torch.is_tensor(state) or state.dtype != own.dtype or state.ndim != 1:
+        raise ValueError(f"{name}: generator is no generator's state")
+    if len(state) != len(own):
         generator.manual_seed(seed)
         print(f"the noise goes on anew, from seed {seed}: the run was on another kind of device",
               file=sys.stderr)
+        return
+    try:
+        generator.set_state(state.contiguous())
+    except (RuntimeError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{name}: generator is no generator's state: {reason}") from e
 
 
 # ------------------------------------------------------------------ one process among how many

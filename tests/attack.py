@@ -58,7 +58,7 @@ SCRIPTS = {module.__name__: module.main
 MEMORY = 8 * 2 ** 30
 BAR = re.compile(r"\d+%\||(it|img|step|batch|B|s)/(s|it|img|step|batch)\b")      # tqdm's
 UNCLEAR = re.compile(r"weights_only|BytesIO|inline_container|\.part|0x[0-9a-f]{6}|long long"
-                     r"|Default process group|total_steps|enforce fail|\[Errno|<class|object at|NoneType")
+                     r"|Default process group|total_steps|enforce fail|\[Errno|<class|object at")
 
 
 # ------------------------------------------------------------------------------- one process
@@ -153,8 +153,9 @@ def leftovers(folder):
 
 
 def contents(folder):
-    """path -> bytes of the regular files in a folder that are not logs of tqdm's."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """path -> what changes when a file in a folder does."""
+    found = ((p, p.stat()) for p in folder.rglob("*") if p.is_file())
+    return {p: (s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found}
 
 
 def defect(ran, expect="refuse", must=""):
@@ -205,7 +206,7 @@ class Case:
         ran = Child(self.script, self.argv, attack.folder, self.env, self.setup).wait(self.limit)
         wrong = defect(ran, self.expect, self.must)
         after = contents(attack.folder)
-        if ran.status and any(after.get(p) != blob for p, blob in before.items()):
+        if ran.status and any(after.get(p) != was for p, was in before.items()):
             wrong = wrong or "damaged: a file that was there"
         if left := leftovers(attack.folder):
             wrong = wrong or f"leftover: {left[0]}"
@@ -390,6 +391,11 @@ def resume(script, path):
     return tiny(script, "--kimg", more, "--resume", "--out", path.parent)
 
 
+# what can't be told from a good file: moments of a parameter that was never moved, and the noise of
+# another kind of device, which a line on stderr says is drawn anew
+TOLD = re.compile(r"\.state\.\d+: removed|generator: (longer|empty|huge)")
+
+
 def files(attack, share):
     """Every kind of file that a script reads, broken. share: of the files of each kind."""
     rng, folder = attack.rng, attack.folder / "crafted"
@@ -422,6 +428,8 @@ def files(attack, share):
         sources.append((script, argv, made if share == 1 else rng.sample(made, some(len(made)))))
     for script, argv, made in sources:
         for name, path, expect in made:
+            if script != "fid" and TOLD.search(name):
+                expect = "either"
             yield Case("crafted file", f"{script}: {name}", script, argv(path), expect)
 
 

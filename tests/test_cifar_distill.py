@@ -240,10 +240,11 @@ def test_fp16_skips_a_step_that_overflows_and_logs_no_infinite_norm():
 @pytest.mark.parametrize("options", [{}, dict(gan=0.1, amp="bf16"), dict(teacher_free=True)])
 def test_gradient_checkpointing_gives_the_same_gradients(options):
     plain, again = (distiller(gradient_checkpointing=on, **options) for on in (False, True))
-    with counted(again) as count:
-        again.step()
+    entered = []
+    again.G.model.enc["32x32_block0"].register_forward_pre_hook(lambda *_: entered.append(1))
+    again.step()
     plain.step()
-    assert count["G encoder forward"] == 1          # the convolution outside of the blocks
+    assert len(entered) == 2                        # and once more in the backward pass
     for net in ("G", "fake"):
         for a, b in zip(*(gradients(getattr(d, net)) for d in (plain, again)), strict=True):
             close(b, a, rtol=1e-5, atol=1e-8)
@@ -687,7 +688,8 @@ def test_two_runs_in_one_folder(here):
 
 def test_one_image_a_step_leaves_no_nan(here):
     """And no bank, no data of its own, a waiting time longer than the run."""
-    assert start("one", batch=1, kimg=0.002, bank="none", data="tiny_samples.zip") == 0
+    assert start("one", batch=1, kimg=0.002, wait_kimg=0, bank="none",
+                 data="tiny_samples.zip") == 0
     assert start("wait", kimg=0.004, wait_kimg=1) == 0
     for out in ("one", "wait"):
         text = (here / out / "result.json").read_text()
@@ -780,8 +782,8 @@ def test_two_processes_are_one(here, tmp_path):
             for name in one[key]:
                 close(two[key][name], one[key][name], rtol=0, atol=1e-6)
         close(two["level"], one["level"], rtol=1e-4, atol=1e-6)
-        for name in ("log_r", "log_r_std", "ess", "tau", "grad_g", "grad_f"):   # the others are
-            close(two["sums"][name], one["sums"][name], rtol=rtol, atol=1e-5)   # process 0's share
+        for name in one["sums"]:
+            close(two["sums"][name], one["sums"][name], rtol=rtol, atol=1e-5)
     one, two = (saved(tmp_path / f"run{n}") for n in (1, 2))
     assert json.loads((tmp_path / "run2/result.json").read_text())["processes"] == 2
     assert torch.equal(one["generator"], two["generator"]) and two["seen"] == 4

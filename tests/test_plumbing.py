@@ -377,11 +377,13 @@ def raising(error):
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("--lam is\n  nothing"), "--lam is nothing"),
-    (FileNotFoundError(2, "No such file", "a.pt"), "[Errno 2] No such file: 'a.pt'"),
+    (FileNotFoundError(2, "No such file", "a.pt"), "No such file: a.pt"),
     (FloatingPointError("step 3: nan"), "step 3: nan"),
     (MemoryError(), "not enough memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
-     "not enough memory for these settings: CUDA out of memory. Tried")], ids=repr)
+     "not enough memory for these settings: CUDA out of memory. Tried"),
+    (RuntimeError("[enforce fail at alloc.cpp:1] err == 0. you tried to allocate 9000 bytes. Code"),
+     "not enough memory for these settings: 9,000 bytes more")], ids=repr)
 def test_what_a_user_can_cause_is_one_line_and_status_2(script, error, line):
     assert script(raising(error)) == (f"script.py: {line}\n", 2)
 

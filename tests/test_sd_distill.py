@@ -433,8 +433,8 @@ def test_two_processes_are_one(folder, command, tmp_path):
     tiny[tiny.index("run")] = "two"
     env = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           "--master_port=0", str(HERE / "sd_distill.py"), *tiny],
-                          env=env, cwd=tmp_path, capture_output=True, text=True)
+                           "--standalone", str(HERE / "sd_distill.py"), *tiny],
+                          env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for a, b in zip(weights(checkpoint()), weights(checkpoint("two")), strict=True):
         close(a, b, rtol=1e-3, atol=3e-5)
