@@ -7,8 +7,7 @@
     python cifar_distill.py --resume                    # goes on, bit for bit on a CPU
     python cifar_distill.py sample runs/compact_kl/student.pt -n 64 --out runs/grid.png
 """
-from plumbing.run import (all_mean, check_finite, gather, load_generator, rank, run_main, tune_cpu,
-                          world)
+from plumbing.run import all_mean, check_finite, gather, rank, run_main, tune_cpu, world
 
 import argparse
 import copy
@@ -25,16 +24,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import bregman
+import edm
 import fid
-from data import load_images, save_grid, save_images
-from edm import (build, check_labels, edm_loss, half_life_to_beta, karras, load_guided, sample)
+from data import load_images, save_grid
+from edm import check_labels, edm_loss, half_life_to_beta, karras, load_guided, sample
 from ncsnpp import c_out
 from plumbing.files import atomic, save_atomic
-from plumbing.loop import Loop, folder
+from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate)
 from plumbing.plots import curve, side_by_side
-from plumbing.weights import check_form, check_optimizer, read_checkpoint
+from plumbing.weights import check_form
 
 HERE = Path(__file__).parent
 SCALE = 2.0 ** 12           # of a loss before fp16 would lose its gradient, taken out again after
@@ -129,8 +129,7 @@ class Distiller:
         adam = dict(betas=(0.0, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(trained(self.G), cfg.lr_g, **adam)
         self.opt_f = torch.optim.Adam(trained(self.fake), cfg.lr_f, **adam)
-        self.scaler = {opt: torch.amp.GradScaler(kind, enabled=half)
-                       for opt in (self.opt_g, self.opt_f)}
+        self.scaler = torch.amp.GradScaler(kind, enabled=half)
         dtype = torch.float16 if half else torch.bfloat16
         self.autocast = lambda: torch.autocast(kind, dtype, cfg.amp != "no")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
@@ -197,7 +196,6 @@ class Distiller:
             log_w = level if cfg.part == "level" else within
         w, ess, tau = bregman.batch_weights(log_w, cfg.ess)
         self.log(ess=ess, tau=tau)
-        self.moves += 1
         return w[rank()::world()].view_as(log_r)
 
     def fake_loss(self, x, b):
@@ -219,7 +217,7 @@ class Distiller:
 
     def descend(self, opt, loss, what):
         """One step of Adam on the gradient's mean over processes."""
-        cfg, scaler = self.cfg, self.scaler[opt]
+        cfg, scaler = self.cfg, self.scaler
         opt.zero_grad()
         scaler.scale(loss).backward()
         grads = [p.grad for p in opt.param_groups[0]["params"] if p.grad is not None]
@@ -293,6 +291,7 @@ class Distiller:
 
     @torch.no_grad()
     def average_weights(self):
+        self.moves += 1
         moved = self.moves * self.cfg.batch
         beta = half_life_to_beta(self.cfg.batch, min(1e3 * self.cfg.ema_kimg, 0.1 * moved))
         ema, G = (list(net.state_dict().values()) for net in (self.ema, self.G))
@@ -315,30 +314,17 @@ class Distiller:
                 "level": self.level, "sums": self.sums, "generator": self.generator.get_state(),
                 "G": self.G.state_dict(), "fake": self.fake.state_dict(),
                 "ema": self.ema.state_dict(), "opt_g": self.opt_g.state_dict(),
-                "opt_f": self.opt_f.state_dict(),
-                "scaler_g": self.scaler[self.opt_g].state_dict(),
-                "scaler_f": self.scaler[self.opt_f].state_dict()}
+                "opt_f": self.opt_f.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, state, name):
         """Take up a state(), checked against this one. Raises ValueError, naming the place in the
         file `name`, for anything of another form."""
-        state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}    # the loop's
-        elsewhere = {k: state.get(k) for k in ("config", "generator", "sums", "opt_g", "opt_f")}
-        check_form(self.state() | elsewhere, state, f"{name}: state")
-        sums = state["sums"] if isinstance(state["sums"], dict) else {}
-        check_form({k: torch.zeros(2) for k in sums}, state["sums"], f"{name}: sums")
-        if min(state["seen"], state["moves"]) < 0:
-            raise ValueError(f"{name}: {state['seen']} images seen in {state['moves']} moves")
-        for key in ("opt_g", "opt_f"):
-            check_optimizer(getattr(self, key), state[key], f"{name}: {key}")
-        for key in ("G", "fake", "ema", "opt_g", "opt_f"):
-            getattr(self, key).load_state_dict(state[key])
-        self.scaler[self.opt_g].load_state_dict(state["scaler_g"])
-        self.scaler[self.opt_f].load_state_dict(state["scaler_f"])
-        self.seen, self.moves = state["seen"], state["moves"]
-        self.level = state["level"].to(self.cfg.device)
-        self.sums = {k: v.to(self.cfg.device) for k, v in state["sums"].items()}
-        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen, name)
+        sums = state.get("sums") if isinstance(state.get("sums"), dict) else {}
+        check_form({k: torch.zeros(2) for k in sums}, state.get("sums"), f"{name}: sums")
+        take_up(self, state, name, ("G", "fake", "ema"), ("opt_g", "opt_f"))
+        self.scaler.load_state_dict(state["scaler"])
+        self.moves, self.level = state["moves"], state["level"].to(self.cfg.device)
+        self.sums = {k: v.to(self.cfg.device) for k, v in sums.items()}
 
 
 def trained(net):
@@ -481,28 +467,10 @@ def parse(argv):
     return cfg, out or Path("runs") / f"{preset}_{h}", resume
 
 
-def draw(argv):
-    """The command `sample`."""
-    parser = Parser(prog="cifar_distill.py sample", description="Draw from a student.")
-    parser.add_argument("student", type=path, help="student.pt or checkpoint.pt of a run")
-    parser.add_argument("-n", type=count, default=64, help="how many (64)")
-    parser.add("seed", torch_seed, 0, "of the noise")
-    parser.add("device", torch_device, Config.device, "where to compute")
-    parser.add("out", path, "runs/samples.png", ".npz or .zip, else a grid as PNG")
-    args = parser.parse_args(argv)
-    state = read_checkpoint(args.student, "a student of cifar_distill.py")
-    check_form({"config": {"sigma_init": 2.5}, "ema": {}}, state, str(args.student), exact=False)
-    net = build(state["ema"], args.student).to(args.device)
-    images = sample(net, args.n, sigmas=(state["config"]["sigma_init"], 0.0), seed=args.seed)
-    save = save_images if args.out.suffix in (".npz", ".zip") else save_grid
-    save(images, args.out)
-    print(f"{args.n} images, one evaluation each: {args.out}")
-
-
 def main(argv):
     tune_cpu()
-    if argv[:1] == ["sample"]:
-        return draw(argv[1:])
+    if argv[:1] == ["sample"]:                              # a student is Heun's shortest case
+        return edm.main(argv)
     return run(*parse(argv))
 
 

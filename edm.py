@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from plumbing.run import check_finite, load_generator, run_main, tune_cpu
+from plumbing.run import check_finite, run_main, tune_cpu
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,10 @@ from tqdm import tqdm
 from data import download, load_images, save_grid, save_images
 from ncsnpp import CONFIGS, EDMPrecond, c_out, per_image
 from plumbing.files import reading, save_atomic
-from plumbing.loop import Loop, folder
+from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate, whole)
-from plumbing.weights import check_form, check_optimizer, check_weights, read_weights
+from plumbing.weights import check_form, check_weights, read_config, read_weights
 
 IMAGE = (3, 32, 32)
 
@@ -218,6 +218,16 @@ def load_guided(teacher, guide, w, low=0.0, high=math.inf):
     return Guided(teacher, None if guide == "self" else load_teacher(guide), w, low, high)
 
 
+def student_levels(path):
+    """The noise levels (sigma_init, 0) of a one-step student of cifar_distill.py; None for a
+    teacher."""
+    sigma_init = read_config(path).get("sigma_init") if Path(path).is_file() else None
+    try:
+        return sigma_init and (positive(sigma_init), 0.0)
+    except ValueError as e:
+        raise ValueError(f"{path}: not a student: sigma_init {e}") from e
+
+
 # ------------------------------------------------------------------------------------- training
 
 @dataclass
@@ -356,15 +366,8 @@ class Trainer:
     def load(self, state, name):
         """Take up a state(), checked against this one. Raises ValueError, naming the place in the
         file `name`, for anything of another form."""
-        state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}    # the loop's
-        elsewhere = {k: state.get(k) for k in ("config", "generator", "muon", "adam")}
-        check_form(self.state() | elsewhere, state, f"{name}: state")
-        check_optimizer(self.muon, state["muon"], f"{name}: muon")
-        check_optimizer(self.adam, state["adam"], f"{name}: adam")
-        for key in ("net", "ema", "muon", "adam"):
-            getattr(self, key).load_state_dict(state[key])
-        self.seen, self.loss = state["seen"], state["loss"]
-        load_generator(self.generator, state["generator"], self.cfg.seed + self.seen, name)
+        take_up(self, state, name, ("net", "ema"), ("muon", "adam"))
+        self.loss = state["loss"]
 
 
 def train(cfg, out, resume=False):
@@ -424,14 +427,14 @@ def main(argv):
         return train(cfg, args.out, args.resume)
 
     net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
-    net, start = net.to(args.device), time.monotonic()
+    net, start, sigmas = net.to(args.device), time.monotonic(), student_levels(args.checkpoint)
     labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
-    images = sample(net, args.n, args.steps, None, args.seed, args.batch, labels, progress=True)
+    images = sample(net, args.n, args.steps, sigmas, args.seed, args.batch, labels, progress=True)
     if args.out.suffix in (".npz", ".zip"):
         save_images(images, args.out, labels)
     else:
         save_grid(images, args.out)
-    print(f"{args.n} images, {2 * args.steps - 1} evaluations each, "
+    print(f"{args.n} images, {1 if sigmas else 2 * args.steps - 1} evaluations each, "
           f"in {time.monotonic() - start:.1f} s: {args.out}")
 
 

@@ -15,7 +15,6 @@ from plumbing.run import rank, run_main, tune_cpu, world
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -29,12 +28,11 @@ from tqdm import tqdm
 
 import bregman
 from cifar_distill import Distiller
-from data import SUFFIXES, save_grid
+from data import save_grid
 from edm import Guided, heun
 from ncsnpp import per_image
-from plumbing.files import atomic, reading, save_atomic
-from plumbing.latents import (MISSING, decode, embed, encode, latent_shape, load_model,
-                              read_captions, read_prompts)
+from plumbing.files import atomic, reading
+from plumbing.latents import MISSING, decode, embed, latent_shape, load_inputs, load_model
 from plumbing.loop import Loop, folder
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate)
@@ -43,12 +41,8 @@ from plumbing.weights import check_form
 
 if not MISSING:                     # without them main() says what to install
     from peft import LoraConfig
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors import safe_open, torch as safetensors
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-          "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
-          "time_emb_proj"]          # what gets an adapter: LCM-LoRA's choice (arXiv 2311.05556)
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,7 +53,8 @@ class Config:
     prompts: text = "prompts.txt"       # one prompt a line
     data: str = ""              # folder of images with captions, a.jpg with a.txt, for the
                                 # classifier's p; without it: the teacher's own samples
-    model: text = "stable-diffusion-v1-5/stable-diffusion-v1-5"     # or a folder in that layout
+    model: text = "stable-diffusion-v1-5/stable-diffusion-v1-5"     # a folder in diffusers' layout,
+                                # or its name on Hugging Face
     w: real = 1.75              # the teacher's guidance, 1 for none: DMD2's
     full: bool = False          # train whole networks, not adapters; DMD2's rates for it are 1e-5
     rank: count = 64            # of the adapters
@@ -204,12 +199,15 @@ class WithoutPrompt(nn.Module):
 def start_from(net, cfg):
     """-> a network to train that computes what `net` does. Its adapter, (rank x inputs) and
     (outputs x rank) beside each layer, begins at zero; all its other weights are those of `net`,
-    not copies. Trained weights are float32."""
+    not copies. Trained weights are float32. All layers of the blocks have adapters, as in LCM-LoRA
+    (arXiv 2311.05556)."""
     if cfg.full:
         return copy.deepcopy(net).float().requires_grad_(True)
     net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
     torch.manual_seed(cfg.seed)                             # the same adapter in all processes
-    net.unet.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=LAYERS))
+    layers = [name for name, layer in net.unet.named_modules()
+              if "_block" in name and isinstance(layer, (nn.Linear, nn.Conv2d))]
+    net.unet.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=layers))
     for p in net.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -217,7 +215,7 @@ def start_from(net, cfg):
 
 
 class SD(Distiller):
-    """Algorithm 1 on latents. inputs: what load_inputs returns.
+    """Algorithm 1 on latents. inputs: a dictionary, of plumbing.latents.load_inputs.
 
     Each network has its own adapter in its own modules. One UNet whose adapters are switched would
     be a trap: with gradient checkpointing the forward is computed again during backward, under
@@ -272,45 +270,11 @@ def grid(net, steps):
     return [*net.levels(torch.linspace(1, 0, steps, device=net.times.device)).tolist(), 0.0]
 
 
-# ------------------------------------------------------- what is computed once, and then kept
+# ----------------------------------------------------------------------------------------- a run
 
-def make_inputs(cfg, pipe, net, prompts, pairs):
-    """-> the states of the empty prompt, of the prompts and of the captions, and a latent for each
-    caption: of `pairs` or, if there are none, the teacher's for the prompts in turn."""
-    pipe.text_encoder.to(cfg.device)
-    inputs = {"empty": embed(pipe, [""]), "prompts": embed(pipe, prompts)}
-    if pairs:
-        generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        inputs["captions"] = embed(pipe, [caption for _, caption in pairs])
-        latents = [encode(pipe, file, cfg.size, generator) for file, _ in tqdm(pairs, "images")]
-        inputs["latents"] = torch.cat(latents)
-    else:
-        print(f"drawing {cfg.bank} samples of the teacher, once")
-        inputs["captions"] = inputs["prompts"][torch.arange(cfg.bank) % len(prompts)]
-        teacher = Guided(net, WithoutPrompt(net, inputs["empty"]), cfg.w).to(cfg.device)
-        shape = latent_shape(pipe, cfg.size)
-        inputs["latents"] = sample(teacher, inputs["captions"], shape, grid(net, cfg.steps), cfg,
-                                   seed=cfg.seed + 1).half()
-    pipe.text_encoder.to("cpu")
-    return inputs
-
-
-def load_inputs(cfg, pipe, net, file):
-    """-> make_inputs' result, made once and kept in `file`. Raises ValueError if that was made of
-    other prompts, images or settings."""
-    prompts = read_prompts(cfg.prompts)
-    pairs = read_captions(cfg.data, SUFFIXES) if cfg.data else []
-    told = json.dumps([prompts, [[f.name, f.stat().st_size, caption] for f, caption in pairs]])
-    names = ("model", "size", "seed") if pairs else ("model", "size", "seed", "w", "bank", "steps")
-    of = {name: getattr(cfg, name) for name in names}
-    of["texts"] = hashlib.sha256(told.encode()).hexdigest()
-    if not file.exists():
-        save_atomic(make_inputs(cfg, pipe, net, prompts, pairs) | {"of": of}, file)
-    with reading(file, "the inputs of this run"):
-        inputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if inputs["of"] != of:
-            raise ValueError("it was made of other prompts, images or settings than these")
-    return inputs
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
+COLUMNS = ("variance", "neighbours", "ess", "tau", "log_r", "log_r_std", "loss_score",
+           "loss_class", "grad_g", "grad_f")
 
 
 def load_all(cfg, out):
@@ -318,21 +282,21 @@ def load_all(cfg, out):
     if world() > 1 and rank() > 0:
         dist.barrier()
     pipe = load_model(cfg.model)
-    latent_shape(pipe, cfg.size)
+    shape = latent_shape(pipe, cfg.size)
     pipe.vae.to(cfg.device)
     net = SDPrecond(pipe.unet.to(HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
     net = net.to(cfg.device).eval().requires_grad_(False)
-    inputs = load_inputs(cfg, pipe, net, out / "inputs.pt")
+
+    def guided(empty):
+        return Guided(net, WithoutPrompt(net, empty), cfg.w).to(cfg.device)
+
+    def draw(c, empty):
+        return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1)
+
+    inputs = load_inputs(cfg, pipe, draw, out / "inputs.pt")
     if world() > 1 and rank() == 0:
         dist.barrier()
-    return pipe, Guided(net, WithoutPrompt(net, inputs["empty"]), cfg.w), inputs
-
-
-# ----------------------------------------------------------------------------------------- a run
-
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-COLUMNS = ("variance", "neighbours", "ess", "tau", "log_r", "log_r_std", "loss_score",
-           "loss_class", "grad_g", "grad_f")
+    return pipe, guided(inputs["empty"]), inputs
 
 
 def neighbours(x):
@@ -370,11 +334,11 @@ def run(cfg, out, resume=False):
             row |= d.averages()
             side_by_side({"teacher": their_images, "student, one step": decode(pipe, mine)},
                          out / f"grid_{d.seen:09}.png")
-            save_student(d.ema, cfg, out / "student.safetensors")
-            tqdm.write(f"{d.seen} images: " + ", ".join(
-                f"{name} {row[name]:.3g}" for name in COLUMNS[:6] if name in row))
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+            tqdm.write(f"{d.seen} images: {shown}")
             if d.moves:
                 check_collapse(d.seen, row["variance"], row["neighbours"], neighbours(theirs))
+            save_student(d.ema, cfg, out / "student.safetensors")
             return row
 
         status = Loop(d, cfg, out, COLUMNS, evaluate, cfg.eval_every, state).run()
@@ -387,7 +351,7 @@ def save_student(net, cfg, file):
     """The weights, an adapter's as diffusers' load_lora_weights takes them, with the options."""
     tensors = {k.replace(".default", ""): v.contiguous() for k, v in net.state_dict().items()}
     with atomic(file) as tmp:
-        save_file(tensors, tmp, metadata={"config": json.dumps(asdict(cfg))})
+        tmp.write_bytes(safetensors.save(tensors, {"config": json.dumps(asdict(cfg))}))
 
 
 def load_student(file, device, model):

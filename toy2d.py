@@ -158,7 +158,6 @@ class Distiller:
         self.descend(self.opt_g, surrogate)                                             # line 15
         self.average_weights()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                   # lines 16 to 22
-        self.moves += 1
 
     def compare(self, x_t, b):
         """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, both (n, 2), and log r
@@ -204,7 +203,7 @@ class Distiller:
         classifier = (F.softplus(logits) + F.softplus(-real_logits))[:, 0]              # Eq. (5)
         learns = (b.sigma_f >= cfg.class_min) & (b.sigma_f <= cfg.class_max)
         classifier = classifier * learns[:, 0] * self.needs_classifier()
-        check_finite(f"step {self.moves + 1}", b.sigma_f, loss_score=score, loss_class=classifier)
+        check_finite(f"step {self.moves}", b.sigma_f, loss_score=score, loss_class=classifier)
         self.last |= dict(loss_score=score.mean().detach(), loss_class=classifier.mean().detach())
         return score.mean() + classifier.mean()                                         # line 22
 
@@ -260,7 +259,8 @@ class Distiller:
 
     @torch.no_grad()
     def average_weights(self):
-        beta = min(self.cfg.ema, 1 - 1 / (1 + (self.moves + 1) / 10))
+        self.moves += 1
+        beta = min(self.cfg.ema, 1 - 1 / (1 + self.moves / 10))
         torch._foreach_lerp_(self.ema, list(self.G.parameters()), 1 - beta)
 
     def needs_classifier(self):

@@ -57,7 +57,10 @@ class Member:
         with self.open() as f:
             if np.lib.format.read_magic(f) != (1, 0):
                 raise ValueError(f"{self.name} is no .npy of version 1.0")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            try:
+                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            except (ValueError, SyntaxError) as e:      # its message is an address in memory
+                raise ValueError(f"{self.name} has no header of an .npy") from e
             claimed, held = math.prod(shape) * dtype.itemsize, self.size - f.tell()
             if dtype.kind not in "iu":
                 raise ValueError(f"{self.name} is {dtype} {shape}, not integers")

@@ -125,7 +125,8 @@ def reading(path, what):
         if isinstance(e, OSError) and e.filename:       # says itself which file and why
             raise
         banned = re.search(r"GLOBAL (\S+)", str(e))     # torch's weights_only, in several lines
-        lines = str(e).replace(str(path) + ": ", "").splitlines() or [repr(e)]
+        words = getattr(e, "strerror", None) or str(e)
+        lines = words.replace(str(path) + ": ", "").splitlines() or [repr(e)]
         reason = f"refused to load {banned[1]}" if banned else lines[0]
         if "weights_only" in reason:                    # torch's advice is to run what the file says
             reason = "it holds more than tensors and plain values"

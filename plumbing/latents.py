@@ -1,11 +1,14 @@
 """Stable Diffusion's parts, read from disk: texts to states, images to latents and back."""
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from plumbing.files import reading
+from plumbing.files import reading, save_atomic
 
 try:
     import diffusers
@@ -15,6 +18,7 @@ try:
 except ImportError as e:            # only sd_distill.py needs them
     MISSING = e
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -33,10 +37,12 @@ def load_model(name):
         said = kind.load_config(where)["_class_name"]
         if said != "StableDiffusionPipeline":
             raise ValueError(f"it is a {said}")
-        pipe = kind.from_pretrained(where, requires_safety_checker=False, **how)
-        lacking = [part for part in PARTS if getattr(pipe, part) is None]
-        if lacking:
+        lacking = [part for part in PARTS if not Path(where, part).is_dir()]
+        if lacking:                     # transformers would make up a tokenizer of its own
             raise ValueError(f"it lacks {' and '.join(lacking)}")
+        pipe = kind.from_pretrained(where, requires_safety_checker=False, **how)
+        if len(pipe.tokenizer) != pipe.text_encoder.config.vocab_size:
+            raise ValueError("tokenizer and text encoder do not go together")
         if pipe.scheduler.config.prediction_type != "epsilon":
             raise ValueError(f"it predicts {pipe.scheduler.config.prediction_type}, not the noise")
         if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
@@ -67,19 +73,19 @@ def read_prompts(file):
     return prompts
 
 
-def read_captions(folder, suffixes):
+def read_captions(folder):
     """-> [(image's path, caption)], by name. Raises ValueError, naming what has no partner."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
-    images = {f.with_suffix(""): f for f in files if f.suffix.lower() in suffixes}
+    images = {f.with_suffix(""): f for f in files if f.suffix.lower() in SUFFIXES}
     texts = {f.with_suffix(""): f for f in files if f.suffix.lower() == ".txt"}
     if images.keys() - texts.keys():
         alone = min(images.keys() - texts.keys())
         raise ValueError(f"{images[alone]} has no caption, {alone}.txt")
     if texts.keys() - images.keys():
         raise ValueError(f"{texts[min(texts.keys() - images.keys())]} has no image beside it "
-                         f"({', '.join(suffixes)})")
+                         f"({', '.join(SUFFIXES)})")
     if not images:
         raise ValueError(f"{folder}: no images with captions in it")
     return [(images[stem], read_text(texts[stem]).strip()) for stem in images]
@@ -113,3 +119,42 @@ def decode(pipe, latents):
     latents = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.device)
     x = torch.cat([pipe.vae.decode(latent).sample.cpu() for latent in latents.split(1)])
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def make_inputs(cfg, pipe, draw, prompts, pairs):
+    """-> the states of the empty prompt, of the prompts and of the captions, and a latent for each
+    caption: of `pairs` or, if there are none, the teacher's for the prompts in turn."""
+    pipe.text_encoder.to(cfg.device)
+    inputs = {"empty": embed(pipe, [""]), "prompts": embed(pipe, prompts)}
+    if pairs:
+        generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+        inputs["captions"] = embed(pipe, [caption for _, caption in pairs])
+        latents = [encode(pipe, file, cfg.size, generator) for file, _ in tqdm(pairs, "images")]
+        inputs["latents"] = torch.cat(latents)
+    else:
+        print(f"drawing {cfg.bank} samples of the teacher, once")
+        inputs["captions"] = inputs["prompts"][torch.arange(cfg.bank) % len(prompts)]
+        inputs["latents"] = draw(inputs["captions"], inputs["empty"]).half()
+    pipe.text_encoder.to("cpu")
+    return inputs
+
+
+def load_inputs(cfg, pipe, draw, file):
+    """-> make_inputs' dictionary, made once and kept in `file`: 118 kB a text, 33 kB a latent.
+
+    draw: states of prompts and of the empty one -> the teacher's latents. Raises ValueError if the
+    file was made of other prompts, images or settings.
+    """
+    prompts = read_prompts(cfg.prompts)
+    pairs = read_captions(cfg.data) if cfg.data else []
+    told = json.dumps([prompts, [[f.name, f.stat().st_size, caption] for f, caption in pairs]])
+    names = ("model", "size", "seed") if pairs else ("model", "size", "seed", "w", "bank", "steps")
+    of = {name: getattr(cfg, name) for name in names}
+    of["texts"] = hashlib.sha256(told.encode()).hexdigest()
+    if not file.exists():
+        save_atomic(make_inputs(cfg, pipe, draw, prompts, pairs) | {"of": of}, file)
+    with reading(file, "the inputs of this run"):
+        inputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if inputs["of"] != of:
+            raise ValueError("it was made of other prompts, images or settings")
+    return inputs

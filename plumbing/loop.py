@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from plumbing.files import atomic, claim, save_atomic
 from plumbing.options import same_options
-from plumbing.run import Stop, processes, rank, world
-from plumbing.weights import check_form, read_checkpoint
+from plumbing.run import Stop, load_generator, processes, rank, world
+from plumbing.weights import check_form, check_optimizer, read_checkpoint
 
 
 def read_run(path, cfg, free, columns):
@@ -28,6 +28,24 @@ def read_run(path, cfg, free, columns):
         check_form({name: 0.0 for name in {"kimg", "seconds"} | names}, row, f"{path}: rows")
     same_options(path, state["config"], asdict(cfg), free)
     return state
+
+
+def take_up(trainer, state, name, nets, optimizers):
+    """Load what a run saved into `trainer`, whose state() it is to have the form of. nets and
+    optimizers: names of attributes. Raises ValueError, naming the place in the file `name`."""
+    state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}
+    elsewhere = {k: state.get(k) for k in ("config", "generator", "sums", *optimizers)
+                 if k in trainer.state()}
+    check_form(trainer.state() | elsewhere, state, f"{name}: state")
+    for key in ("seen", "moves"):
+        if state.get(key, 0) < 0:
+            raise ValueError(f"{name}: {key} is {state[key]}")
+    for key in optimizers:
+        check_optimizer(getattr(trainer, key), state[key], f"{name}: {key}")
+    for key in (*nets, *optimizers):
+        getattr(trainer, key).load_state_dict(state[key])
+    trainer.seen = state["seen"]
+    load_generator(trainer.generator, state["generator"], trainer.cfg.seed + trainer.seen, name)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,16 @@ def _quiet(kind, value, trace, otherwise=sys.excepthook):
         otherwise(kind, value, trace)
 
 
-sys.excepthook = _quiet             # a Ctrl-C while torch loads, which takes a second
+sys.excepthook = _quiet             # a Ctrl-C while a script loads, which takes a second or two
+with contextlib.suppress(ValueError):                   # a thread may not
+    # numpy and torch, half loaded, would make an error of their own of it: it ends the process
+    _handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch                        # noqa: E402
 import torch.distributed as dist    # noqa: E402
+
+with contextlib.suppress(ValueError, NameError):
+    signal.signal(signal.SIGINT, _handler)
 
 
 def tune_cpu():
@@ -50,11 +56,14 @@ def run_main(main):
         reason = reason or "not enough memory"
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
-        if not re.search("alloc|memory|overflow", reason):
-            raise
         wanted = re.search(r"(\d+) bytes", reason)
-        reason = "not enough memory for these settings" + (
-            f": {int(wanted[1]):,} bytes more" if wanted else f": {reason}")
+        if dist.is_initialized() and re.search("peer|closed|gloo|NCCL", reason):
+            reason = "another process of this run has ended"
+        elif re.search("alloc|memory|overflow", reason):
+            reason = "not enough memory for these settings" + (
+                f": {int(wanted[1]):,} bytes more" if wanted else f": {reason}")
+        else:
+            raise
     except KeyboardInterrupt:
         os._exit(130)                                           # at once, whatever else runs
     where = f" (process {rank()})" if dist.is_initialized() else ""

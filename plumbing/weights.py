@@ -1,6 +1,7 @@
 """Weights in: NVIDIA's pickles read as data, and checkpoints checked before anything uses them."""
 import io
 import pickle
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -119,6 +120,15 @@ def check_weights(state, name):
             raise ValueError(f"{name}: {key} holds a number that is not finite")
 
 
+def read_config(path):
+    """-> the options that a run saved beside its weights; {} for other files of weights."""
+    if not zipfile.is_zipfile(path):
+        return {}
+    with reading(path, "a checkpoint"):
+        config = _load(path).get("config", {})
+    return config if isinstance(config, dict) else {}
+
+
 def read_checkpoint(path, what):
     """-> the dictionary that a run saved, its options under "config". Raises ValueError, naming
     the file, if it is not `what`."""
@@ -134,7 +144,8 @@ def read_checkpoint(path, what):
 def _plain(v):
     """Whether v is a tensor whose numbers lie in memory, one by one."""
     return (torch.is_tensor(v) and not v.is_nested and v.layout is torch.strided
-            and not v.is_quantized and v.device.type != "meta")
+            and not v.is_quantized and v.device.type != "meta"
+            and v.untyped_storage().nbytes() >= v.nbytes)       # one number may stand for billions
 
 
 def _form(v):

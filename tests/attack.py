@@ -236,7 +236,8 @@ class Attack:
         self.folder.mkdir(), self.store.mkdir()
         save_images(torch.from_numpy(IMAGES), self.folder / "good.npz")
         np.savez(self.folder / "labelled.npz", images=IMAGES, labels=crafted.beyond_classes() % 10)
-        np.savez(self.folder / "eleven.npz", images=IMAGES, labels=crafted.beyond_classes())
+        np.savez(self.folder / "many.npz", images=np.tile(IMAGES, (3, 1, 1, 1)),
+                 labels=np.arange(192) % 10)
         for script in ("edm", "cifar_distill"):
             ran = self.child(script, f"{TINY[script]} --out {script}").wait()
             if ran.status:

@@ -175,7 +175,7 @@ def test_load_guided(tmp_path):
 
 def test_training_learns_a_constant_image():
     images = torch.full((4, 3, 32, 32), 200, dtype=torch.uint8)
-    trainer = Trainer(TrainConfig(**TINY | dict(lr=3e-3)), images)
+    trainer = Trainer(TrainConfig(**TINY | dict(lr=2e-2, lr_vectors=1e-2)), images)
     losses = [trainer.step() for _ in range(30)]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
 
@@ -228,15 +228,16 @@ def test_the_rate_rises_falls_and_decays():
                        (90, 1 / math.sqrt(4.5)), (95, 0.5 / math.sqrt(4.75)), (100, 0.0),
                        (120, 0.0)):
         trainer.seen = 1000 * kimg
-        assert trainer.rate() == pytest.approx(rate), kimg
+        assert 2 * trainer.rate() == pytest.approx(rate), kimg
     trainer.seen = 90_000
     trainer.step()
-    assert trainer.opt.param_groups[0]["lr"] == pytest.approx(1 / math.sqrt(4.5))
+    assert trainer.muon.param_groups[0]["lr"] == pytest.approx(1 / math.sqrt(4.5))
+    assert trainer.adam.param_groups[0]["lr"] == pytest.approx(1.5e-3 / 2 / math.sqrt(4.5))
     trainer.cfg.decay, trainer.cfg.warmup_kimg = 0.0, 0.0
     trainer.seen = 100_000
-    assert trainer.rate() == pytest.approx(2 / math.sqrt(5))
+    assert trainer.rate() == pytest.approx(1 / math.sqrt(5))
     trainer.seen = 0
-    assert trainer.rate() == 2.0
+    assert trainer.rate() == 1.0
 
 
 def test_ema_is_the_average_of_the_weights():
@@ -631,16 +632,16 @@ def test_an_optimizer_that_does_not_fit_its_parameters_is_refused():
     """torch itself takes these; its fused kernel would then read beyond the smaller tensors."""
     trainer = Trainer(TrainConfig(**TINY), IMAGES)
     trainer.step()
-    good = trainer.opt.state_dict()
-    check_optimizer(trainer.opt, copy.deepcopy(good), "opt")
+    good = trainer.adam.state_dict()
+    check_optimizer(trainer.adam, copy.deepcopy(good), "opt")
     partial = copy.deepcopy(good)
     del partial["state"][5]                     # a parameter that had no gradient yet
-    check_optimizer(trainer.opt, partial, "opt")
+    check_optimizer(trainer.adam, partial, "opt")
     shape = good["state"][3]["exp_avg"].shape
     for place, key, value, message in (
             ("state", (3, "exp_avg"), torch.zeros(1), r"opt.state.3.exp_avg is float32 \(1,\)"),
             ("state", (3, "exp_avg_sq"), torch.zeros(shape).double(), "3.exp_avg_sq is float64"),
-            ("state", (3, "exp_avg"), torch.zeros(()).expand(shape), "3 lies otherwise in memory"),
+            ("state", (3, "exp_avg"), torch.zeros(()).expand(shape), "3.exp_avg is a tensor of another"),
             ("state", (3, "step"), torch.zeros(2), "opt.state.3.step"),
             ("state", (3, "step"), 1.0, "opt.state.3.step"),
             ("state", (3, "max_exp_avg_sq"), torch.zeros(1), "should not have max_exp_avg_sq"),
@@ -655,10 +656,34 @@ def test_an_optimizer_that_does_not_fit_its_parameters_is_refused():
             inner = inner[k]
         inner[key[-1]] = value
         with pytest.raises(ValueError, match=message):
-            check_optimizer(trainer.opt, bad, "opt")
+            check_optimizer(trainer.adam, bad, "opt")
     for bad in (3, {}, {"state": [], "param_groups": []}, good | {"more": 1}):
         with pytest.raises(ValueError, match="opt is not an optimizer's state"):
-            check_optimizer(trainer.opt, bad, "opt")
+            check_optimizer(trainer.adam, bad, "opt")
+    muon, bad = trainer.muon, copy.deepcopy(trainer.muon.state_dict())
+    check_optimizer(muon, copy.deepcopy(bad), "muon")
+    bad["state"][3]["momentum_buffer"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"muon.state.3.momentum_buffer is float32 \(1,\)"):
+        check_optimizer(muon, bad, "muon")
+
+
+def test_weights_of_layers_are_learned_as_matrices():
+    """The views that Muon moves are the network's own weights, after a resume too."""
+    trainer = Trainer(TrainConfig(**TINY), IMAGES)
+    trainer.seen = 1000
+    before = copy.deepcopy(trainer.net.state_dict())
+    trainer.step()
+    again = Trainer(TrainConfig(**TINY), IMAGES)
+    again.load(copy.deepcopy(trainer.state()), "run")
+    for t in (trainer, again):
+        assert {p.ndim for p in t.matrices} == {2, 4}
+        assert all(f.data_ptr() == p.data_ptr() for f, p in zip(t.flat, t.matrices))
+    moved = {k for k, v in trainer.net.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k for k, p in trainer.net.named_parameters() if p.grad.any()} == moved
+    name = "model.dec.32x32_aux_conv.weight"                    # one step of Muon: a rotation
+    step = (before[name] - trainer.net.state_dict()[name]).flatten(1)
+    values = torch.linalg.svdvals(step / trainer.muon.param_groups[0]["lr"])
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_a_broken_checkpoint_is_not_resumed(teacher_run, monkeypatch):
@@ -668,7 +693,7 @@ def test_a_broken_checkpoint_is_not_resumed(teacher_run, monkeypatch):
     bias = "model.map_layer0.bias"
     for change, message in (({"seen": "many"}, "seen"), ({"rows": [3]}, "rows"),
                             ({"rows": [{"kimg": "a", "seconds": 1.0}]}, "rows"),
-                            ({"net": {}}, "net lacks"), ({"opt": {}}, "opt"),
+                            ({"net": {}}, "net lacks"), ({"adam": {}}, "adam"),
                             ({"ema": state["ema"] | {bias: torch.zeros(3)}}, f"ema.{bias}"),
                             ({"config": 3}, "no run"), ({"extra": 3}, "extra")):
         torch.save(state | change, path)

@@ -18,6 +18,9 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from safetensors import safe_open                       # noqa: E402
+from safetensors.torch import save_file                 # noqa: E402
+
 import sd_distill                                       # noqa: E402
 from cifar_distill import trained                       # noqa: E402
 from edm import Guided                                  # noqa: E402
@@ -25,8 +28,8 @@ from plumbing.latents import embed, load_model          # noqa: E402
 from sd_distill import SD, Config, SDPrecond, WithoutPrompt     # noqa: E402
 
 HERE = Path(sd_distill.__file__).parent
-SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-DDIM = dict(SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+DDIM = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",      # SD 1.5's own
+            clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 OURS = dict(device="cpu", amp="no", batch=4, rank=4, wait_kimg=0.0)
 close = torch.testing.assert_close
 
@@ -278,7 +281,7 @@ def gaussians(k, generator):
 def toy_teacher():
     """Trained on the two prompts' Gaussians. Groups of one channel, as a network so narrow would
     have, can't pass on a latent's mean."""
-    net, c, steps = tiny_net(norm_num_groups=4, sample_size=4), texts(2, 5, 4), 600
+    net, c, steps = tiny_net(norm_num_groups=4, sample_size=4), texts(2, 5, 4), 500
     net.requires_grad_(True)
     opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
     generator, k = torch.Generator().manual_seed(1), torch.arange(32) % 2
@@ -318,7 +321,7 @@ def solved(errors):
 def test_student_finds_each_prompts_gaussian(toy_teacher):
     d = toy_distiller(*toy_teacher)
     assert not solved(toy_errors(d))                    # the teacher's one step is not the answer
-    for _ in range(140):
+    for _ in range(110):
         d.step()
     errors = toy_errors(d)
     assert solved(errors), errors
@@ -333,7 +336,7 @@ def test_student_does_not_with_the_update_turned_round(toy_teacher):
         return -gap, slope, log_r
 
     d.compare = turned
-    for _ in range(50):
+    for _ in range(40):
         d.step()
     errors = toy_errors(d)
     assert not solved(errors)
@@ -465,7 +468,7 @@ def edited(folder, tmp_path, part, **changes):
 @pytest.mark.parametrize("part, changes, said", [
     ("scheduler/scheduler_config.json", dict(prediction_type="v_prediction"), "v_prediction"),
     ("model_index.json", dict(_class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXL"),
-    ("model_index.json", dict(tokenizer=[None, None]), "lacks tokenizer"),
+    ("model_index.json", dict(tokenizer=[None, None]), "tokenizer"),
     ("vae/config.json", dict(latent_channels=16), ""),
 ])
 def test_model_that_is_none(folder, command, tmp_path, part, changes, said):
@@ -480,7 +483,7 @@ def test_model_with_a_part_missing(folder, command, tmp_path, part):
     model = edited(folder, tmp_path, "model_index.json")
     gone = model / part
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    with pytest.raises((ValueError, OSError), match=str(model)):
+    with pytest.raises(ValueError, match=f"{model}: not Stable Diffusion 1.x.*{part[-10:]}"):
         command("--model", model)
 
 
@@ -534,7 +537,7 @@ def test_resumed_with_something_else(folder, command, tmp_path):
     state, other = checkpoint(), tmp_path / "other.txt"
     state["config"]["rank"] = 8                         # its adapters are of rank 4
     torch.save(state, "run/checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint.pt: G\.\S*lora_A\S* is .* not"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt: state.G\.\S*lora_A\S* is .* not"):
         command("--resume", "--rank", 8)
     other.write_text("another prompt")
     state["config"] |= dict(rank=4, prompts=str(other))
@@ -547,20 +550,20 @@ def test_student_that_is_none(command):
     command("--kimg", 0.004)
     file = Path("run/student.safetensors")
     sample = ["sample", "run", "--prompt", "a fox", "--device", "cpu"]
-    with sd_distill.safe_open(file, "pt") as f:
+    with safe_open(file, "pt") as f:
         tensors, cfg = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
     metadata = {"config": json.dumps(cfg | {"rank": 8})}
-    sd_distill.save_file(tensors, file, metadata=metadata)
+    save_file(tensors, file, metadata=metadata)
     with pytest.raises(ValueError, match="student.safetensors.*lora_A"):
         sd_distill.main(sample)
-    sd_distill.save_file(tensors, file)
+    save_file(tensors, file)
     with pytest.raises(ValueError, match="student.safetensors: not a student"):
         sd_distill.main(sample)
     file.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="student.safetensors: not a student"):
         sd_distill.main(sample)
     file.unlink()
-    with pytest.raises(OSError, match="student.safetensors"):
+    with pytest.raises(ValueError, match="student.safetensors: .*No such file"):
         sd_distill.main(sample)
 
 
