@@ -60,7 +60,8 @@ def row(name, batch, amp, where, rounds):
     d = Distiller(Config(batch=batch, amp=amp, wait_kimg=1e-9, device=where), teacher, images,
                   torch.arange(1000) % 10)
     b = d.draw()
-    d.seen, x = 1, b.sigma * b.noise                    # past the time in which G waits
+    x = b.sigma * b.noise                               # (batch, 3, 32, 32)
+    d.seen = 1                                          # past the time in which G waits
 
     def forward():
         with torch.no_grad(), d.autocast():
@@ -85,7 +86,7 @@ def row(name, batch, amp, where, rounds):
     dtype = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
     speed = flops.get_total_flops() / t["step"] / 1e9
     bound = batch / (2 * t["both"] + 2 * t["forward"] + t["encoder"])
-    return [name, batch, dict(no="fp32").get(amp, amp), batch / t["forward"], batch / t["both"],
+    return [name, batch, "fp32" if amp == "no" else amp, batch / t["forward"], batch / t["both"],
             batch / t["step"], bound, f"{batch / t['step'] / bound:.0%}", speed,
             f"{speed / matmul_peak(where, dtype):.0%}", batch / t["student"],
             t["teacher"] / t["student"], memory / 2 ** 30]

@@ -13,7 +13,7 @@ p / (p + q), gives log r = -l; ratios and weights are kept as logarithms.
 
     h = get("sba", lam=5); h.weight(-logits)
 """
-from plumbing.run import run_main
+from plumbing.run import run_main       # first: before torch it can make Ctrl-C quiet
 
 import math
 from collections import namedtuple
@@ -30,13 +30,14 @@ Row = namedtuple("Row", "h_text weight_text divergence h log_weight")
 
 def power(log_r, a):
     """(r^a - 1) / a, which is log r at a = 0."""
-    if abs(a) > 0.5:        # there expm1's gradient, torch's 1 + expm1(a log r), would lose r^a
+    if abs(a) > 0.5:        # torch's gradient of expm1(x) is 1 + expm1(x), which loses a small e^x
         return ((a * log_r).exp() - 1) / a
     return torch.expm1(a * log_r) / a if a else log_r
 
 
 def h_sba(r, lam):
-    """Table 1's h; at lam < -1/2 less an affine part that grows without bound at lam = -1."""
+    """Table 1's h; at lam < -1/2 less (1 - r)/(lam (lam+1)), which is infinite at lam = -1. That is
+    affine, so it changes neither D_h nor h''."""
     if lam < -0.5:
         return power(r.log(), 1 + lam) / lam
     return r * power(r.log(), lam) / (1 + lam)
@@ -101,7 +102,7 @@ class Bregman:
 
 
 def get(name, lam=1.0):
-    """The Bregman divergence called `name`, of NAMES in any case; lam, in [-50, 50], is SBA's alone.
+    """The Bregman divergence `name`, one of NAMES in any case; lam, in [-50, 50], is SBA's alone.
 
     Raises ValueError for an unknown name, or a lam beyond which no float32 weight would survive.
     """
@@ -115,27 +116,28 @@ def get(name, lam=1.0):
 # ----------------------------------------------------------------- from log weights to a batch's
 
 def batch_weights(log_w, ess=0.0):
-    """Weights with batch mean one, of log weights of any shape (n in all).
+    """Log weights of any shape, n in all -> weights of batch mean one, shaped alike; their
+    effective sample size; and tau, the power to which they were raised.
 
-    Returns the weights w, shaped alike; their effective sample size as a share of n (Kish 1965), 1
-    where all are equal, 1/n where one sample takes everything; and tau, the largest power in [0, 1],
-    to 0.01, to which the weights can be raised while that share is at least `ess`, in [0, 1]. This is
-    the adaptive tempering of sequential Monte Carlo (Jasra et al. 2011): SBA's lambda becomes tau
-    lambda, KL stays KL.
+    The effective sample size is a share of n (Kish 1965): 1 where all weights are equal, 1/n where
+    one sample takes everything. tau is the largest of 0, 0.01, ..., 1 that keeps it at `ess` or
+    above, as in sequential Monte Carlo's adaptive tempering (Jasra et al. 2011): SBA's lambda
+    becomes tau lambda, KL stays KL.
     """
     flat, tau = log_w.flatten(), torch.ones((), device=log_w.device)
     if ess:
         powers = torch.linspace(0, 1, 101, device=log_w.device)
         w = (powers[:, None] * flat).softmax(1)                                     # (101, n)
-        tau = powers[1 / (len(flat) * w.square().sum(1)) >= min(ess, 1 - 1e-4)].max()
-    w = len(flat) * (tau * flat).softmax(0).view_as(log_w)
+        share = 1 / (len(flat) * w.square().sum(1))
+        tau = powers[share >= min(ess, 1 - 1e-4)].max()     # tau = 0 gives 1, but for rounding
+    w = len(flat) * (tau * flat).softmax(0).view_as(log_w)  # exp(tau log_w) over its mean
     return w, 1 / w.square().mean(), tau
 
 
 def two_stage(log_r, bins=10):
     """f-distill's first stage: u = 1/r in [0.1, 20], over its mean in its noise level's bin.
-    log_r: (n,), sorted by noise level, so that bins are slices. Returns log r anew; the second
-    stage is batch_weights."""
+    log_r: (n,), sorted by noise level, so that bins are slices. Returns -log of that u, (n,); the
+    second stage is batch_weights."""
     u = (-log_r.clamp(-10, 10)).exp().clamp(0.1, 20)
     return torch.cat([(part.mean() / part).log() for part in u.tensor_split(bins)])
 
@@ -144,14 +146,14 @@ def split(log_w, log_mean, rate):
     """A weight has two parts: w = E[w | sigma] times w / E[w | sigma], how much a noise level
     counts and how much a sample counts within its level.
 
-    log_w: (n,), sorted by noise level. log_mean: log E[w | sigma] in (bins,) equal shares of them, a
-    running mean which this batch moves by `rate`, in (0, 1], in place. Returns the logarithms of
-    both parts, (n,) each.
+    log_w: (n,), sorted by noise level. log_mean: (bins,), log E[w | sigma] in equal shares of them;
+    this batch moves the running mean by `rate`, in (0, 1], in place. Returns the logarithms of both
+    parts, (n,) each.
     """
     bins = log_w.tensor_split(len(log_mean))
-    now = torch.stack([part.logsumexp(0) - math.log(len(part)) for part in bins])
+    now = torch.stack([part.logsumexp(0) - math.log(len(part)) for part in bins])   # (bins,)
     kept = log_mean + math.log1p(-rate) if rate < 1 else torch.full_like(now, -math.inf)
-    log_mean.copy_(torch.logaddexp(kept, now + math.log(rate)))
+    log_mean.copy_(torch.logaddexp(kept, now + math.log(rate)))     # (1 - rate) mean + rate now
     level = torch.cat([mean.expand(len(part)) for mean, part in zip(log_mean, bins)])
     return level, log_w - level
 

@@ -37,7 +37,7 @@ from plumbing.plots import curve, side_by_side
 from plumbing.weights import check_form
 
 HERE = Path(__file__).parent
-SCALE = 2.0 ** 12           # of a loss before fp16 would lose its gradient, taken out again after
+SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small
 
 
 @dataclass
@@ -61,13 +61,13 @@ class Config:
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
     t_min: share = 0.15         # the generator's noise levels: from this
     t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
-    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t) is sigma^2 over this; "dmd": |x - D_real|'s mean
+    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|
     p_mean: real = -0.6         # the fake network's: ln sigma is normal with this mean
     p_std: positive = 1.6       # and this standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["level", "batch", "two-stage"] = "level"  # log r less its running mean at its
-                                # noise level, as it is, or by f-distill's bins; weights have batch
-                                # mean one
+    norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights of mean one; level: and
+                                # log r less its running mean at its noise level; two-stage: and 1/r
+                                # of mean one there, as in f-distill
     part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
@@ -75,7 +75,7 @@ class Config:
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0        # bound on each gradient value of the fake network, 0: none
-    seed: torch_seed = 0              # of all random numbers
+    seed: torch_seed = 0        # of all random numbers
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"   # cpu, cuda, cuda:1, mps
     amp: Literal["no", "bf16", "fp16"] = "no"   # autocast
     gradient_checkpointing: bool = False    # a third more time, for the memory of a small card
@@ -134,7 +134,8 @@ class Distiller:
         self.autocast = lambda: torch.autocast(kind, dtype, cfg.amp != "no")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)
-        self.level = torch.zeros(bins, device=cfg.device)       # running mean of log r, or of log w
+        self.level = torch.zeros(bins, device=cfg.device)       # by noise level: log r's running
+        #                                                         mean, or with --part log of w's
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                          # of what happened since the last row
 
@@ -156,16 +157,16 @@ class Distiller:
         self.seen += cfg.batch
 
     def compare(self, x_t, b):
-        """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, both (n, C, H, W), and log r
-        (n, 1, 1, 1). w(t) = sigma^2 / c_out(sigma) makes the first the difference of two networks;
-        DMD's depends on the image too, not on t alone as Eq. (4) wants."""
+        """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, C, H, W), and
+        log r (n, 1, 1, 1). w(t) = sigma^2 / c_out(sigma) makes the first the difference of two
+        networks F; DMD's depends on the image too, not on t alone as Eq. (4) wants."""
         cfg, needs_slope = self.cfg, bool(self.cfg.gan or self.cfg.teacher_free)
         size, slope = c_out(b.sigma, self.teacher.sigma_data), 0
         x_t.requires_grad_(needs_slope)
         with torch.set_grad_enabled(needs_slope), self.autocast():
             D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
         log_r = -logits.mean((1, 2))[:, None, None, None]       # l = log p/q           # line 9
-        if cfg.gan:                                             # -log D of each image    line 13
+        if cfg.gan:                     # -log D of an image; step's mean is over numbers  line 13
             slope = cfg.gan * x_t[0].numel() * self.slope(F.softplus(log_r), x_t)
         if cfg.teacher_free:                                    # Eq. (37), its sign corrected
             gap = self.slope(log_r, x_t) * b.sigma ** 2 / size
@@ -173,14 +174,15 @@ class Distiller:
             with torch.no_grad(), self.autocast():
                 D_real = self.teacher(x_t.detach(), b.sigma, b.c)                       # line 8
             if cfg.w_t == "dmd":
-                size = (x_t - b.sigma * b.noise - D_real).abs().mean((1, 2, 3), keepdim=True)
+                x = x_t - b.sigma * b.noise
+                size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
             gap = (D_fake - D_real).detach() / size
         check_finite(f"after {self.seen} images", b.sigma, score_gap=gap, log_r=log_r)
         return gap, slope, log_r.detach()
 
     def weigh(self, log_r):
         """-> h''(r) r with batch mean one, (n, 1, 1, 1). The batch is that of all processes, in
-        which noise levels rise; self.level is a running mean by noise level."""
+        which noise levels rise, so that its slices are levels."""
         cfg, every = self.cfg, gather(log_r).flatten()                                  # (B,)
         rate = max(0.02, 1 / (1 + self.moves))
         self.log(log_r=every.mean(), log_r_std=every.std(correction=0))
@@ -225,7 +227,7 @@ class Distiller:
         scaler.unscale_(opt)
         norm = torch.nn.utils.get_total_norm(grads)
         if norm.isfinite():
-            self.log(**{"grad_" + what[0]: norm})
+            self.log(**{"grad_g" if opt is self.opt_g else "grad_f": norm})
         elif cfg.amp != "fp16":                                 # whose scaler skips this step
             raise FloatingPointError(f"after {self.seen} images: the {what}'s gradient is {norm}; "
                                      "the last checkpoint stays as it was")
@@ -261,7 +263,7 @@ class Distiller:
         b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
         b |= self.pick(index, kind)
         mine = {name: value[rank()::world()] for name, value in b.items()}
-        return SimpleNamespace(**dict(c=None, c_real=None) | mine)
+        return SimpleNamespace(**(dict(c=None, c_real=None) | mine))
 
     def levels(self, t):
         """Shares of EDM's grid, from the lowest level up, (n,) -> noise levels (n,)."""
@@ -338,7 +340,7 @@ class Judge:
 
     def __init__(self, cfg):
         self.net = fid.load_net(cfg.features).to(cfg.device)
-        self.name = {"compact": "FD-compact", "inception": "FID"}[cfg.features]
+        self.name = fid.NAMES[cfg.features][0]
         self.data = fid.measure_source(cfg.reference, self.net)
         bank = beside(cfg.teacher, cfg.bank)
         self.bank = None if bank == "none" else fid.measure_source(bank, self.net)
@@ -356,10 +358,10 @@ class Judge:
         """The bank's distances: the floor. To the teacher: one half's to the other."""
         if not self.bank or self.bank.features is None:         # statistics have no halves
             return {}
-        (mu1, sigma1), (mu2, sigma2) = map(fid.stats, self.bank.features.tensor_split(2))
+        half, other = self.bank.features.tensor_split(2)
         to_data = fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma)
         return {"to_data": to_data,
-                "to_teacher": fid.frechet(mu1, sigma1, mu2, sigma2)}
+                "to_teacher": fid.frechet(*fid.stats(half), *fid.stats(other))}
 
 
 def timed(f):
@@ -381,7 +383,7 @@ def shipped(name):
 
 
 def beside(teacher, name):
-    """"own": the teacher's samples, which lie beside its weights under its name."""
+    """The path `name`, which may be "own": the samples that lie beside the teacher's weights."""
     own = shipped(teacher).removesuffix(".pt") + "_samples.zip"
     return own if name == "own" else shipped(name)
 
@@ -430,8 +432,9 @@ def finish(cfg, out, d, loop, judge, own):
     n, first, last, key = cfg.preview, loop.rows[0], loop.rows[-1], judge.key
     save_atomic({"config": asdict(cfg), "seen": d.seen, "ema": d.ema.state_dict()},
                 out / "student.pt")
-    sample(d.teacher, n, steps=1)                               # both networks warm
+    sample(d.teacher, n, steps=1)                               # warm before it is timed
     teachers, slow = timed(lambda: sample(d.teacher, n))
+    # of the student 8 times as many: n take too little time to measure
     students, fast = timed(lambda: sample(d.ema, 8 * n, sigmas=(cfg.sigma_init, 0.0)))
     slow, fast = slow / n, fast / (8 * n)
     side_by_side({"teacher: 35 evaluations": teachers,

@@ -200,7 +200,7 @@ def save_images(images, path, labels=None):
 def save_grid(images, path, columns=8, scale=3):
     """Write uint8 (N, 3, H, W) as one PNG, `columns` wide, each pixel `scale` pixels."""
     n, _, height, width = images.shape
-    rows = -(-n // columns)
+    rows = math.ceil(n / columns)
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         y, x = i // columns * (height + 1), i % columns * (width + 1)

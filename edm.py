@@ -11,21 +11,22 @@
 The samples of the shipped teacher, -n 5000 --seed 1, have FD-compact 4.42 to CIFAR-10
 (results/fid.txt).
 """
+from plumbing.run import check_finite, run_main, tune_cpu
+
 import math
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from plumbing.run import check_finite, run_main, tune_cpu
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import download, load_images, save_grid, save_images
+from data import load_images, save_grid, save_images
 from ncsnpp import CONFIGS, EDMPrecond, c_out, per_image
+from plumbing.download import download
 from plumbing.files import reading, save_atomic
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
@@ -223,7 +224,7 @@ def student_levels(path):
     teacher."""
     sigma_init = read_config(path).get("sigma_init") if Path(path).is_file() else None
     try:
-        return sigma_init and (positive(sigma_init), 0.0)
+        return None if sigma_init is None else (positive(sigma_init), 0.0)
     except ValueError as e:
         raise ValueError(f"{path}: not a student: sigma_init {e}") from e
 
@@ -291,8 +292,9 @@ class Trainer:
             self.labels = labels.to(cfg.device)
         vectors = [p for p in self.net.parameters() if p.ndim == 1]
         self.matrices = [p for p in self.net.parameters() if p.ndim > 1]
-        self.flat = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]    # views, for torch's
-        self.muon = torch.optim.Muon(self.flat, cfg.lr, weight_decay=0.0)       # Muon takes 2-D ones
+        # torch's Muon takes 2-D parameters alone: views, whose gradients step() sets
+        self.flat = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]
+        self.muon = torch.optim.Muon(self.flat, cfg.lr, weight_decay=0.0)
         self.adam = torch.optim.Adam(vectors, cfg.lr_vectors, betas=(0.9, 0.99), fused=True)
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         self.seen, self.loss = 0, math.nan
@@ -427,7 +429,8 @@ def main(argv):
         return train(cfg, args.out, args.resume)
 
     net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
-    net, start, sigmas = net.to(args.device), time.monotonic(), student_levels(args.checkpoint)
+    net, sigmas = net.to(args.device), student_levels(args.checkpoint)
+    start = time.monotonic()
     labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
     images = sample(net, args.n, args.steps, sigmas, args.seed, args.batch, labels, progress=True)
     if args.out.suffix in (".npz", ".zip"):

@@ -236,7 +236,7 @@ class Results:
         if not run.options:
             return read(self.folder / run.folder)
         cut = [done.until(run.kimg()) for done in self.found.get(run.identity(), [])]
-        return next(filter(None, cut), None)
+        return next((done for done in cut if done), None)
 
     def rows(self, name):
         """row -> seed -> Done, for the rows of a group that have results."""
@@ -421,7 +421,7 @@ def main(argv):
         runs = runs_of(names, args.seeds or math.inf)
         status = run_all(results.missing(runs), HERE, args.jobs)
         results = Results(folder.resolve())
-    if status > 1 or status and not results.found:
+    if status > 1 or (status and not results.found):
         return status
     if not results.found:
         raise FileNotFoundError(f"no results in {folder}: --run makes them")

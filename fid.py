@@ -14,12 +14,12 @@ fid-refs), which have no precision and recall. FD-compact is the same distance i
 small CIFAR-10 classifier that comes with this project (pretrained/): it needs no download, and its
 numbers are not FIDs nor comparable with any.
 """
+from plumbing.run import run_main, tune_cpu
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from plumbing.run import run_main, tune_cpu
 
 import numpy as np
 import scipy.linalg
@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import download, load_images
+from data import load_images
+from plumbing.download import download
 from plumbing.features import Classifier, read_measured, read_net, train_classifier
 from plumbing.files import atomic, claim, reading, save_atomic
 from plumbing.options import Parser, count, path, reader, text, torch_device, torch_seed
@@ -38,6 +39,7 @@ REFERENCE = PRETRAINED / "compact_classifier_cifar10.npz"            # its train
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth",
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
+NAMES = {"compact": ("FD-compact", "IS-compact"), "inception": ("FID", "IS")}
 
 
 def load_net(features="compact"):
@@ -81,19 +83,19 @@ def extract(images, net, how="clean", batch=64, progress=False):
     images: (N, 3, H, W), uint8, or float [0, 255], which is rounded and clipped first, as a saved
     file would be. Raises ValueError if a feature is not finite.
     """
-    features, logits, where = [], [], next(net.parameters()).device
+    features, logits, device = [], [], next(net.parameters()).device
     for start in tqdm(range(0, len(images), batch), disable=None if progress else True):
-        x = images[start:start + batch].to(where)
+        x = images[start:start + batch].to(device)
         if x.dtype != torch.uint8:
             x = x.round().clamp(0, 255)
         with torch.inference_mode():
-            f, l = (out.cpu() for out in net(resize(x.float(), net.size, how)))
+            f, y = net(resize(x.float(), net.size, how))
         bad = ~f.isfinite().all(1)
         if bad.any():
             raise ValueError(f"the features of image {start + bad.nonzero()[0].item()} "
                              "are not finite")
-        features.append(f)
-        logits.append(l)
+        features.append(f.cpu())
+        logits.append(y.cpu())
     return torch.cat(features), torch.cat(logits)
 
 
@@ -144,7 +146,7 @@ def frechet(mu1, sigma1, mu2, sigma2):
     values = torch.from_numpy(scipy.linalg.eigvalsh((P @ P.T).numpy(), driver="evd"))
     if values[0] > 1e-12 * values[-1]:
         root = values.sqrt().sum()
-    else:                               # the root of an eigenvalue's rounding would be too much
+    else:                               # rounding, 1e-16, has a root that is not small
         root = torch.linalg.svdvals(P).sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
 
@@ -312,7 +314,7 @@ def variety(a, b):
 
 def compare(a, b, features="compact", how="clean"):
     """-> the distance of two Measured and all that should be said with it, as a dictionary."""
-    names = {"compact": ("FD-compact", "IS-compact"), "inception": ("FID", "IS")}[features]
+    names = NAMES[features]
     excess = [bias(a, b), bias(b, a)]
     return {"distance": names[0], "value": frechet(a.mu, a.sigma, b.mu, b.sigma),
             "bias": None if None in excess else sum(excess), "score": names[1],
@@ -326,8 +328,8 @@ def in_words(result):
     line = f"{result['distance']} {result['value']:.4g}"
     n = [f"{k} images" if k else "statistics" for k in result["n"]]
     if any(k and k < 50_000 for k in result["n"]):
-        bias = result["bias"]
-        much = "too few to say how much" if bias is None else f"about {bias:.2g}"
+        known = result["bias"] is not None
+        much = f"about {result['bias']:.2g}" if known else "too few to say how much"
         line += f" (biased upward by fewer than 50000 images: {much})"
     if result["score_mean"]:
         line += f"  {result['score']} {result['score_mean']:.3f} ± {result['score_std']:.3f}"
@@ -370,7 +372,8 @@ def main(argv):
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if argv[:1] == ["train"]:
         return train(argv[1:], where)
-    parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[3])
+    what_a_set_is = __doc__.split("\n\n")[3]
+    parser = Parser(prog="fid.py", description=what_a_set_is)
     parser.add_argument("a", type=text, help="the set to judge; SOURCE:test takes its test split")
     parser.add_argument("b", type=text, nargs="?", default="cifar10",
                         help="the reference (cifar10)")

@@ -65,7 +65,7 @@ class Conv2d(nn.Conv2d):
             self.register_buffer("resample_filter", taps[None, None])
 
     def filter(self, x, padding):
-        """Depthwise separable filter with stride 2; up it is the transpose, scaled by 4."""
+        """Depthwise filter with stride 2; up it is the transpose, times 4: 4 pixels for each."""
         if self.resample_filter.shape[-1] == 2:                 # [1, 1]: both are a plain box
             if self.resample == "down":
                 return F.avg_pool2d(x, 2)
@@ -178,7 +178,7 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
 
-        self.dec = nn.ModuleDict()
+        self.dec = nn.ModuleDict()                  # a block takes a skip each, the last one first
         for size, width in zip(sizes[::-1], widths[::-1]):
             name, attention = f"{size}x{size}", size in attn_resolutions
             if size == sizes[-1]:
@@ -190,11 +190,13 @@ class UNet(nn.Module):
                 self.dec[f"{name}_block{i}"] = Block(c + skips.pop(), width, emb, dropout,
                                                      attention and i == num_blocks)
                 c = width
+        name = f"{resolution}x{resolution}"
         self.dec[f"{name}_aux_norm"] = group_norm(c)
         self.dec[f"{name}_aux_conv"] = Conv2d(c, 3, 3)
         nn.init.zeros_(self.dec[f"{name}_aux_conv"].weight)
 
     def embed(self, c_noise, c):
+        """c_noise (N,), labels c (N, label_dim) or None -> (N, 4 model_channels)."""
         if hasattr(self, "map_noise"):
             freqs = 2 * math.pi * self.map_noise.freqs
         else:
@@ -203,16 +205,17 @@ class UNet(nn.Module):
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
         if self.map_label is not None:
             emb = emb + self.map_label(c * math.sqrt(c.shape[1]))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))    # (N, 4 model_channels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x, emb, run):
-        """-> the skips, a list of features; the last one is the encoder's output."""
+        """-> the skips, a list of features; the last one is the encoder's output. run(block, x,
+        emb) is a block's output."""
         skips, image = [], x
         for name, module in self.enc.items():
             if "aux" in name:
-                image = x = skips[-1] = (skips[-1] + module(image)) * SQRT_HALF
-                continue
-            x = run(module, x, emb) if isinstance(module, Block) else module(x)
+                image = x = (skips.pop() + module(image)) * SQRT_HALF
+            else:
+                x = run(module, x, emb) if isinstance(module, Block) else module(x)
             skips.append(x)
         return skips
 

@@ -17,18 +17,19 @@ class Mixture:
     def __init__(self, weights, means, std):
         self.weights, self.means, self.std = weights, means, std
 
-    def _logits(self, x, sigma):
+    def _log_terms(self, x, sigma):
+        """log of each Gaussian's term in p_sigma(x): (N, K)."""
         variance = self.std ** 2 + sigma ** 2
         square = (x[:, None] - self.means).square().sum(2)                          # (N, K)
         return self.weights.log() - square / (2 * variance) - (2 * math.pi * variance).log()
 
     def log_p(self, x, sigma):
         """log p_sigma(x): (N,), finite however far x is."""
-        return self._logits(x, sigma).logsumexp(1)
+        return self._log_terms(x, sigma).logsumexp(1)
 
     def score(self, x, sigma):
         """grad log p_sigma(x): (N, 2)."""
-        nearby = self._logits(x, sigma).softmax(1) @ self.means
+        nearby = self._log_terms(x, sigma).softmax(1) @ self.means
         return (nearby - x) / (self.std ** 2 + sigma ** 2)
 
     def __call__(self, x, sigma):
@@ -42,7 +43,7 @@ class Mixture:
         return self.means[k] + self.std * noise
 
     def tilt(self, a):
-        """p*(x) ~ exp(a x) p(x), Eq. (16): a mixture again."""
+        """p*(x) ~ exp(a x) p(x), Eq. (16): a mixture again. a: (2,)."""
         gain = self.means @ a + self.std ** 2 * a.square().sum() / 2
         weights = (self.weights.log() + gain).softmax(0)
         return Mixture(weights, self.means + self.std ** 2 * a, self.std)
@@ -56,10 +57,11 @@ def _ring(weights):
     return Mixture(weights, torch.stack([angle.cos(), angle.sin()], 1), 0.05)
 
 
+_LINE = torch.linspace(-1, 1, 5)
+
 TARGETS = {
     "ring8": _ring(torch.full((8,), 1 / 8)),
-    "grid25": Mixture(torch.full((25,), 1 / 25),
-                      torch.cartesian_prod(*2 * [torch.linspace(-1, 1, 5)]), 0.05),
+    "grid25": Mixture(torch.full((25,), 1 / 25), torch.cartesian_prod(_LINE, _LINE), 0.05),
     "uneven8": _ring(torch.tensor([0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.30])),
 }
 REWARDS = {"linear": torch.tensor([1.5, 0.0])}      # R(x) = exp(a x): Appendix G in closed form
@@ -83,21 +85,22 @@ def log_q(G, x_t, sigma, cells=128):
         raise ValueError(f"x_t must be (N, 2), not {tuple(x_t.shape)}")
     edge = torch.special.ndtri(torch.linspace(0, 1, cells + 1, dtype=torch.float64))
     density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
-    m = -cells * density.diff()                                 # moments of a truncated normal, in
-    v = 1 - cells * (edge * density).nan_to_num().diff() - m ** 2   # float64: v is a small difference
-    at = torch.cat([m - v.sqrt(), m + v.sqrt()]).to(x_t)                        # (2 cells,)
+    m = -cells * density.diff()                 # mean and variance of a normal between two edges,
+    v = 1 - cells * (edge * density).nan_to_num().diff() - m ** 2   # a small difference: float64
+    at = torch.cat([m - v.sqrt(), m + v.sqrt()]).to(x_t)        # two points with both, (2 cells,)
     x = G(torch.cartesian_prod(at, at))
     if x.shape != (4 * cells ** 2, 2):
         raise ValueError(f"a student of the plane gives (N, 2), not {tuple(x.shape)}")
     x = x.view(2, cells, 2, cells, 2).transpose(1, 2).reshape(4, -1, 2)         # (4, cells^2, 2)
-    off, x = x - x.mean(0), x.mean(0)
-    (xx, yy), xy = off.square().mean(0).T, off.prod(2).mean(0)                  # C
-    area = (xx * yy - xy ** 2).clamp(min=0)
+    mean = x.mean(0)                                                            # (cells^2, 2)
+    dx, dy = (x - mean).unbind(2)                                               # (4, cells^2)
+    xx, xy, yy = dx.square().mean(0), (dx * dy).mean(0), dy.square().mean(0)    # C
+    det_C = (xx * yy - xy ** 2).clamp(min=0)
     found, rows = [], max(1, 2 ** 22 // cells ** 2)             # 2^22 pairs at a time
-    for some, s in zip(x_t.split(rows), (sigma ** 2).split(rows)):
-        dx, dy = (some[:, None] - x).unbind(2)                                  # (rows, cells^2)
-        det = s * s + s * (xx + yy) + area
-        square = ((s + yy) * dx ** 2 - 2 * xy * dx * dy + (s + xx) * dy ** 2) / det
+    for some, var in zip(x_t.split(rows), (sigma ** 2).split(rows)):
+        dx, dy = (some[:, None] - mean).unbind(2)                               # (rows, cells^2)
+        det = var ** 2 + var * (xx + yy) + det_C                # of sigma^2 I + C
+        square = ((var + yy) * dx ** 2 - 2 * xy * dx * dy + (var + xx) * dy ** 2) / det
         found.append((-square / 2 - det.log() / 2).logsumexp(1))
     return torch.cat(found) - math.log(2 * math.pi * cells ** 2)
 

@@ -9,7 +9,7 @@ student's q_sigma is known to a few hundredths of its logarithm, by cells of the
 
 By default log r is clipped at +-5 and the weights are divided by their batch mean, no more.
 """
-from plumbing.run import check_finite, run_main
+from plumbing.run import check_finite, run_main     # first: before torch it can make Ctrl-C quiet
 
 import json
 import math
@@ -35,6 +35,7 @@ from plumbing.plots import plane_run
 # ------------------------------------------------------------------------------------ the networks
 
 def mlp(n_in, n_out, width, activation):
+    """Three hidden layers: (n, n_in) -> (n, n_out)."""
     layers = [nn.Linear(n_in, width), activation()]
     for _ in range(2):
         layers += [nn.Linear(width, width), activation()]
@@ -58,8 +59,8 @@ class FakeScore(nn.Module):
     def outputs(self, x, sigma):
         """-> F (N, 2) and the logit l (N, 1) of p against q at noise level sigma."""
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()
-        features = self.net[:-2](torch.cat([c_in * x, sigma.log() / 2], 1))
-        y = self.net[-2:](features)
+        features = self.net[:-2](torch.cat([c_in * x, sigma.log() / 2], 1))     # (N, width), before
+        y = self.net[-2:](features)                 # the last SiLU, whose mean is hardly below 0
         return y[:, :2], y[:, 2:] if self.head == "linear" else features.mean(1, keepdim=True)
 
     def forward(self, x, sigma, return_logits=False):
@@ -101,7 +102,7 @@ class Config:
     class_max: positive = 1000.0        # the highest
     clip: nonnegative = 5.0     # log r within +-clip
     norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: and,
-                                # before, r of mean one at each noise level, as in f-distill
+                                # before, 1/r of mean one at each noise level, as in f-distill
     part: Literal["both", "level", "sample"] = "both"   # both: the weight; level: its mean at each
                                 # noise level; sample: what is left within one
     ess: share = 0.0            # least effective sample size: weights are tempered to it; 0: as is
@@ -116,7 +117,7 @@ class Config:
         bregman.get(self.h, self.lam)
         if self.sigma_min >= self.sigma_max or self.ema == 1:
             raise ValueError("need --sigma-min below --sigma-max, and --ema below 1")
-        if not self.class_min < self.class_max > self.sigma_min or self.class_min >= self.sigma_max:
+        if max(self.class_min, self.sigma_min) >= min(self.class_max, self.sigma_max):
             raise ValueError("--class-min to --class-max must overlap --sigma-min to --sigma-max")
         if self.part != "both" and self.batch < 16:
             raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
@@ -140,7 +141,7 @@ class Distiller:
         self.ema = [p.detach().clone() for p in self.G.parameters()]
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
-        self.level = torch.zeros(16, device=cfg.device)         # running mean of log w
+        self.level = torch.zeros(16, device=cfg.device)         # log of w's mean by noise level
         self.moves = 0                                          # updates of the student
         self.last = {}                                          # what the last step logged
 
@@ -160,7 +161,7 @@ class Distiller:
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                   # lines 16 to 22
 
     def compare(self, x_t, b):
-        """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, both (n, 2), and log r
+        """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, 2), and log r
         (n, 1). w(t) = sigma."""
         cfg, needs_slope = self.cfg, bool(self.cfg.gan or self.cfg.teacher_free)
         slope = 0
@@ -180,8 +181,8 @@ class Distiller:
         return gap, slope, log_r.detach()
 
     def weigh(self, log_r):
-        """-> h''(r) r with batch mean one, (n, 1). Noise levels rise in the batch; self.level is a
-        running mean by noise level."""
+        """-> h''(r) r with batch mean one, (n, 1). Noise levels rise in the batch, so that its
+        slices are levels."""
         cfg, every = self.cfg, log_r.flatten()                                          # (n,)
         self.last["log_r"] = every
         if cfg.norm == "two-stage":
@@ -217,7 +218,7 @@ class Distiller:
 
     def copy_weights(self):
         """Line 1 -> G and the fake network. G starts as a regression to the teacher's denoiser at
-        sigma_init; its kinks tear the plane into modes sooner than SiLU does."""
+        sigma_init. It is linear in pieces, so it can tear the plane into modes."""
         cfg = self.cfg
         G = mlp(2, 2, cfg.width, lambda: nn.LeakyReLU(0.1)).to(cfg.device)
         fake = FakeScore(self.teacher, cfg.width, cfg.head).to(cfg.device)
@@ -230,6 +231,7 @@ class Distiller:
         return G, fake
 
     def normal(self, n):
+        """Standard normal, (n, 2)."""
         return torch.randn(n, 2, generator=self.generator, device=self.cfg.device)
 
     def draw(self):
@@ -243,7 +245,8 @@ class Distiller:
         """Log-uniform noise levels (n, 1), rising: one in each of n equal steps of ln sigma."""
         cfg = self.cfg
         left = max(0.0, 1 - self.moves / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
-        low = cfg.sigma_min * max(1.0, min(0.5, cfg.sigma_max) / cfg.sigma_min) ** left
+        high = max(cfg.sigma_min, min(0.5, cfg.sigma_max))
+        low = cfg.sigma_min * (high / cfg.sigma_min) ** left        # falls from high to sigma_min
         u = torch.arange(n, device=cfg.device)[:, None]
         u = (u + torch.rand(n, 1, generator=self.generator, device=cfg.device)) / n
         return low * (cfg.sigma_max / low) ** u
@@ -260,7 +263,7 @@ class Distiller:
     @torch.no_grad()
     def average_weights(self):
         self.moves += 1
-        beta = min(self.cfg.ema, 1 - 1 / (1 + self.moves / 10))
+        beta = min(self.cfg.ema, 1 - 1 / (1 + self.moves / 10))     # over the last tenth at first
         torch._foreach_lerp_(self.ema, list(self.G.parameters()), 1 - beta)
 
     def needs_classifier(self):
@@ -272,8 +275,8 @@ class Distiller:
 
     def averaged(self, z):
         """The student that is measured: G with averaged weights."""
-        return torch.func.functional_call(
-            self.G, dict(zip(dict(self.G.named_parameters()), self.ema)), (z,))
+        names = [name for name, _ in self.G.named_parameters()]
+        return torch.func.functional_call(self.G, dict(zip(names, self.ema)), (z,))
 
     @torch.no_grad()
     def samples(self, n):
@@ -361,7 +364,8 @@ def distil(cfg, frames=24, points=200, bar=True):
     shots = dict(step=np.unique(np.geomspace(1, cfg.steps, frames).astype(int)), x=[], log_r=[])
     g = torch.Generator(cfg.device).manual_seed(cfg.seed)       # the same points in every frame
     z, noise = torch.randn(2, points, 2, generator=g, device=cfg.device)
-    for i in (progress := tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")):
+    progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
+    for i in progress:
         d.step()
         if i % every == 0:
             stats = mode_statistics(d.samples(2000), d.target)
