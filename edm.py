@@ -273,7 +273,8 @@ class Trainer:
     """EDM training; everything that changes is in state(), so that a resumed run is the same run.
 
     Weights of layers, a convolution's as a matrix (out, in x taps), are learned by Muon (Jordan et
-    al. 2024): after ten minutes on one core the loss is where Adam needs an hour (results.md).
+    al. 2024, arXiv 2502.16982), the rest by Adam. After ten minutes of one core the loss on images
+    held out was 0.193; with Adam alone it was 0.217 (results/teacher/tries.jsonl, one seed).
 
     images: uint8 (n, 3, 32, 32). labels: int64 (n,), which an unconditional network ignores.
     Raises ValueError for images and labels that don't fit the network.
@@ -417,7 +418,7 @@ def parse(argv):
     p.add("seed", torch_seed, 0, "of the noise")
     p.add("batch", count, 64, "images at a time")
     p.add("device", torch_device, TrainConfig.device, "what computes")
-    p.add("out", path, "samples.png", ".npz or .zip, else a grid as PNG")
+    p.add("out", path, "runs/samples.png", ".npz or .zip, else a grid as PNG")
     return parser.parse_args(argv)
 
 

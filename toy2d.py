@@ -285,20 +285,9 @@ class Distiller:
 
     def reward_slope(self, x_t, b):
         """w(t) h''(r*) grad r*, (n, 2), in units of the weights' batch mean.  Eq. (35)"""
-        log_star, gradient = self.log_r_star(x_t, b.sigma)
+        log_star, gradient = self.teacher.log_r_star(self.a, x_t, b.sigma, self.cfg.first_order)
         log_w = self.h.log_weight(log_star.clamp(-self.cfg.clip, self.cfg.clip))
         return b.sigma * (self.tau * log_w - self.scale).exp()[:, None] * gradient
-
-    def log_r_star(self, x_t, sigma):
-        """log r* = log R_sigma / Z_0, (N,), and its gradient, Eq. (36): exact, or by Eq. (25)."""
-        if not self.cfg.first_order:
-            return (self.target.log_p(x_t, sigma) - self.teacher.log_p(x_t, sigma),
-                    self.target.score(x_t, sigma) - self.teacher.score(x_t, sigma))
-        gain = self.teacher.means @ self.a + self.teacher.std ** 2 * self.a.square().sum() / 2
-        log_z0 = (self.teacher.weights.log() + gain).logsumexp(0)                       # Eq. (28)
-        x = x_t.detach().requires_grad_()
-        log_star = self.teacher(x, sigma) @ self.a - log_z0                             # Eq. (25)
-        return log_star.detach(), torch.autograd.grad(log_star.sum(), x)[0]
 
 
 # --------------------------------------------------------------------------------------- the truth

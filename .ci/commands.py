@@ -39,6 +39,7 @@ LEFT_OUT = {    # words in a command -> why it is not run here
     "--preset paper": "it downloads the official teacher and CIFAR-10",
     "--features inception": "it downloads Inception's weights",
     "edm-cifar10": "it downloads official weights",
+    "sd_distill.py": "it has requirements of its own, and needs Stable Diffusion's weights",
     "experiments.py --run": "it trains for hours; tests/test_experiments.py runs a tiny group",
 }
 

@@ -48,6 +48,8 @@ COMMANDS = [        # script, what comes before the option
     ("cifar_distill", ["sample", "cifar_distill/student.pt", "-n", "1"]),
     ("fid", tiny("fid")), ("fid", ["train", "--data", "labelled.npz", "--epochs", "1"]),
     ("bench", tiny("bench")), ("experiments", tiny("experiments")),
+    ("sd_distill", "--prompts nowhere --model edm --out new".split()),
+    ("sd_distill", "sample nowhere --prompt a".split()),
 ]
 CONTRADICTING = [       # script, options, pattern of the line
     ("toy2d", "--sigma-min 3", "sigma-min"), ("toy2d", "--class-min 5", "class"),
@@ -75,10 +77,9 @@ CONTRADICTING = [       # script, options, pattern of the line
     ("cifar_distill", "--teacher nowhere.pt --out new", "nowhere"),
     ("cifar_distill", "--data nowhere --out new", "nowhere"),
     ("cifar_distill", "--guide self --out new --data good.npz", "class"),
-    ("cifar_distill", "--h sba --lam -51", "lam"), ("cifar_distill", "sample", "student"),
+    ("cifar_distill", "--h sba --lam -51", "lam"), ("cifar_distill", "sample", "checkpoint"),
     ("cifar_distill", "sample good.npz", "good.npz"),
     ("cifar_distill", "--teacher . --out new", ""),
-    ("cifar_distill", "sample edm/checkpoint.pt", "sigma_init"),
     ("fid", "", "a"), ("fid", "nowhere good.npz", "nowhere"),
     ("fid", "good.npz nowhere", "nowhere"),
     ("fid", "good.npz good.npz --save a.txt", "npz"), ("fid", "train --data good.npz", "labels"),
@@ -139,14 +140,14 @@ def command_lines(rng):
 
 FREE_TEXT = ("--out", "--save", "--results", "--figures")       # a name like another
 NUMBERS_TOO = {     # values in BAD that some options take
-    "--lam": ("-1",), "--w": ("-1", "1e308", "1e-308", "-1e308"), "--p-mean": ("-1", "1e-308"),
+    "--lam": ("-1",), "--p-mean": ("-1",), "--w": ("-1", "1e308", "-1e308", "1" + "0" * 30),
 }
 
 
 def expected(flag, value):
     if flag in FREE_TEXT and value not in TEXTS:
         return "either"
-    if flag in ("--guide", "--init", "--reward") and not value:
+    if flag in ("--data", "--guide", "--init", "--model", "--reward") and not value:
         return "either"
     return "either" if value in NUMBERS_TOO.get(flag, ()) or value == "1e-308" else "refuse"
 
@@ -174,8 +175,9 @@ def resume(script, path):
 
 
 # what can't be told from a good file: moments of a parameter that was never moved, and the noise of
-# another kind of device, which a line on stderr says is drawn anew
-TOLD = re.compile(r"\.state\.\d+: removed|generator: (longer|empty|huge)")
+# another kind of device, which a line on stderr says is drawn anew; and a student's weights without
+# its options are those of a teacher
+TOLD = re.compile(r"^config|\.state\.\d+: removed|generator: (longer|empty|huge)")
 
 
 def files(attack, share):
@@ -210,7 +212,7 @@ def files(attack, share):
         sources.append((script, argv, made if share == 1 else rng.sample(made, some(len(made)))))
     for script, argv, made in sources:
         for name, path, expect in made:
-            if script != "fid" and TOLD.search(name):
+            if TOLD.search(name) and (path.parents[1].name == "student" or name[:6] != "config"):
                 expect = "either"
             yield Case("crafted file", f"{script}: {name}", script, argv(path), expect)
 
@@ -329,8 +331,8 @@ def items(attack):
     yield Case("named", "--batch 1", "cifar_distill", tiny("cifar_distill", "--batch", "1", "--out",
                "items/one"), "work", item="12", before="NaN in result.json")
     yield Case("named", "edm's checkpoint in cifar_distill.py", "cifar_distill",
-               ["sample", "edm/teacher.pt"], must="sigma_init", item="13",
-               before="not a checkpoint of cifar_distill.py: 'sigma_init'")
+               tiny("cifar_distill", "--resume", "--out", "edm"), must="configuration", item="13",
+               before="not a checkpoint of cifar_distill.py: 'G'")
     yield from bombs(folder)
 
 
@@ -357,7 +359,7 @@ def bombs(folder):
     for name, member in (("bomb.zip", "a.png"), ("bomb.npz", "images.npy"), ("other.zip", "a.bin")):
         crafted.lying_zip(folder / name, member, gigabyte, 2 ** 30)
     crafted.zipped(folder / "large.zip", {"a.png": crafted.png(40000, 40000, gigabyte[:10 ** 6])})
-    for name, must in (("bomb.zip", "bytes"), ("bomb.npz", "npy"), ("other.zip", "no images"),
+    for name, must in (("bomb.zip", "bytes"), ("bomb.npz", "magic|header"), ("other.zip", "no images"),
                        ("large.zip", "pixels")):
         yield Case("named", f"expands to 1 GB: {name}", "fid", [folder / name, "good.npz"],
                    limit=20, must=f"{name}.*{must}", item="15",

@@ -132,13 +132,13 @@ def test_reward_update_is_the_corrected_eq_35():
 def test_first_order_reward_is_eq_25():
     d, b = prepared(reward="linear", first_order=True)
     x = (b.z * 0.5).requires_grad_()
-    log_star, slope = d.log_r_star(x, b.sigma)
+    log_star, slope = d.teacher.log_r_star(d.a, x, b.sigma, first_order=True)
     z0 = (d.teacher.sample(400000, d.generator) @ d.a).exp().mean()     # Eq. (31)
     expected = d.teacher(x, b.sigma) @ d.a - z0.log()
     close(log_star, expected.detach(), rtol=0, atol=0.01)
     by_autograd, = torch.autograd.grad(expected.sum(), x)
     close(slope, by_autograd)
-    exact, _ = prepared(reward="linear")[0].log_r_star(x.detach(), b.sigma)
+    exact, _ = d.teacher.log_r_star(d.a, x.detach(), b.sigma)
     assert (log_star - exact).abs().max() > 0.05                        # it is an approximation
 
 
