@@ -273,7 +273,7 @@ class Trainer:
     """EDM training; everything that changes is in state(), so that a resumed run is the same run.
 
     Weights of layers, a convolution's as a matrix (out, in x taps), are learned by Muon (Jordan et
-    al. 2024, arXiv 2502.16982), the rest by Adam. After ten minutes of one core the loss on images
+    al. 2024; arXiv 2502.16982), the rest by Adam. After ten minutes of one core the loss on images
     held out was 0.193; with Adam alone it was 0.217 (results/teacher/tries.jsonl, one seed).
 
     images: uint8 (n, 3, 32, 32). labels: int64 (n,), which an unconditional network ignores.
