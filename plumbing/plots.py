@@ -1,5 +1,6 @@
 """The style of every picture, and those that a run draws."""
 import math
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,9 @@ def pyplot():
 
 
 def save_figure(fig, path, dpi=75):
-    """Write a figure to a file whose suffix says the format, and close it."""
+    """Write a figure to a file whose suffix says the format, and close it. Raises ValueError."""
+    if not Path(path).suffix:
+        raise ValueError(f"{path}: the suffix says a picture's format, and there is none (.png)")
     with atomic(path) as tmp:
         fig.savefig(tmp, dpi=dpi)
     pyplot().close(fig)

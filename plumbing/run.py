@@ -12,21 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 
 
-def _quiet(kind, value, trace, otherwise=sys.excepthook):
-    if not issubclass(kind, KeyboardInterrupt):
-        otherwise(kind, value, trace)
-
-
-sys.excepthook = _quiet             # a Ctrl-C while a script loads, which takes a second or two
-with contextlib.suppress(ValueError):                   # a thread may not
-    # numpy and torch, half loaded, would make an error of their own of it: it ends the process
-    _handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+_main = getattr(sys.modules["__main__"], "__file__", None) or "?"
+if (Path(_main).resolve().parent == Path(__file__).resolve().parents[1]
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    # Until run_main Ctrl-C ends a script at once: numpy, half loaded, would make its own error of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch                        # noqa: E402
 import torch.distributed as dist    # noqa: E402
-
-with contextlib.suppress(ValueError, NameError):
-    signal.signal(signal.SIGINT, _handler)
 
 
 def tune_cpu():
@@ -48,6 +41,8 @@ def run_main(main):
     """Run a script's main(argv); what a user can cause is one line on stderr and status 2."""
     name = Path(sys.argv[0]).name
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _check_environment()
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, FloatingPointError, MemoryError, OverflowError) as e:

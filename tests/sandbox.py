@@ -202,9 +202,9 @@ class Case:
 
 TINY = {        # a run of about a second
     "toy2d": "--steps 4 --init-steps 2 --batch 16 --width 8 --cells 4",
-    "edm": "train --data good.npz --kimg 0.04 --batch 4 --preview 1 --save-every 0.008",
-    "cifar_distill": "--preset smoke --data good.npz --reference good.npz --bank none --kimg 0.032 "
-                     "--batch 4 --wait-kimg 0.008 --eval-every 0.016 --eval-n 8 --preview 4 "
+    "edm": "train --data good.npz --kimg 0.024 --batch 4 --preview 1 --save-every 0.008",
+    "cifar_distill": "--preset smoke --data good.npz --reference good.npz --bank none --kimg 0.024 "
+                     "--batch 4 --wait-kimg 0.008 --eval-every 0.024 --eval-n 8 --preview 1 "
                      "--save-every 0.008 --device cpu",
     "bregman": "", "fid": "good.npz good.npz", "bench": "--batch 2 --rounds 1 --frechet 4",
     "experiments": "--results none --figures figures",
