@@ -15,7 +15,7 @@ from pathlib import Path
 _main = getattr(sys.modules["__main__"], "__file__", None) or "?"
 if (Path(_main).resolve().parent == Path(__file__).resolve().parents[1]
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-    # Until run_main Ctrl-C ends a script at once: numpy, half loaded, would make its own error of it
+    # until run_main Ctrl-C ends a script at once: half loaded, numpy makes its own error of it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch                        # noqa: E402

@@ -1,6 +1,7 @@
 """Weights in: NVIDIA's pickles read as data, and checkpoints checked before anything uses them."""
 import io
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -91,7 +92,9 @@ def flatten(record, prefix=""):
 
 
 def _load(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():             # of a pickle's protocol, which is refused or not
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_weights(path):

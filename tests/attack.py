@@ -233,63 +233,91 @@ def longer(state, key):
     moments[name] = torch.zeros(3)
 
 
+TYPE = "traceback: TypeError: "
+ATTRIBUTE = "traceback: AttributeError: "
 STATES = [      # item, script, name, what is changed, pattern of the line, what it was before
     ("1", "cifar_distill", "moments of another shape", lambda s: longer(s, "opt_g"), "opt_g",
-     "segmentation fault"),
+     "reads beyond the tensor: INTERNAL ASSERT FAILED, or a segmentation fault"),
     ("1", "edm", "moments of another shape", lambda s: longer(s, "adam"), "adam",
      "segmentation fault"),
     ("11", "edm", "a generator of another type", lambda s: s.update(generator="evil"), "generator",
-     "traceback"),
+     TYPE + "expected a torch.ByteTensor, but got str"),
     ("11", "cifar_distill", "sums of another type", lambda s: s.update(sums=[1]), "sums",
-     "traceback"),
+     ATTRIBUTE + "'list' object has no attribute 'items'"),
     ("11", "cifar_distill", "seen of another type", lambda s: s.update(seen="1"), "seen",
-     "traceback"),
-    ("11", "edm", "rows of another type", lambda s: s.update(rows={1: 2}), "rows", "traceback"),
-    ("11", "edm", "config of another type", lambda s: s.update(config=[1]), "run", "traceback"),
+     TYPE + "'>=' not supported between instances of 'str' and 'float'"),
+    ("11", "cifar_distill", "rows of another type", lambda s: s.update(rows={1: 2}), "rows",
+     ATTRIBUTE + "'int' object has no attribute 'items'"),
+    ("11", "edm", "config of another type", lambda s: s.update(config=[1]), "run",
+     ATTRIBUTE + "'list' object has no attribute 'get'"),
     ("12", "cifar_distill", "a level of another length", lambda s: s.update(level=s["level"][:1]),
-     "level", "goes on, with other weights"),
+     "level", "status 0, with other weights"),
     ("12", "cifar_distill", "weights that are NaN", lambda s: next(iter(s["G"].values())).fill_(
-        torch.nan), "finite", "goes on, status 0"),
+        torch.nan), "finite", "after 32 images: log_r is nan at sigma = 0.0936"),
     ("13", "cifar_distill", "no G", lambda s: s.pop("G"), "lacks G",
      "not a checkpoint of cifar_distill.py: 'G'"),
 ]
+NEW = ["--out", "new"]
+ALLOCATE = "traceback: RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0."
 OPTIONS = [     # item, script, arguments, pattern of the line, what it was before
-    ("11", "bregman", ["--lam", "1e308"], "lam", "traceback (toy2d.py)"),
-    ("11", "toy2d", tiny("toy2d", "--h", "sba", "--lam", "1e308"), "lam", "traceback"),
-    ("11", "edm", tiny("edm", "--out", "new", "--save-every", "1e-30"), "save-every", "traceback"),
-    ("11", "edm", tiny("edm", "--out", "new", "--save-every", "inf"), "save-every", "traceback"),
-    ("11", "edm", tiny("edm", "--out", "new", "--ref-kimg", "0"), "ref-kimg", "traceback"),
-    ("11", "cifar_distill", tiny("cifar_distill", "--out", "new", "--device", "meta"), "device",
-     "traceback"),
-    ("11", "toy2d", tiny("toy2d", "--device", "meta"), "device", "traceback"),
-    ("11", "toy2d", tiny("toy2d", "--width", 10 ** 12), "width", "traceback"),
-    ("11", "toy2d", tiny("toy2d", "--batch", 10 ** 12), "batch", "traceback"),
-    ("11", "toy2d", tiny("toy2d", "--width", 10 ** 6), "memory", "traceback"),
-    ("12", "edm", tiny("edm", "--out", "new", "--kimg", "nan"), "kimg", "0 images, status 0"),
-    ("12", "edm", tiny("edm", "--out", "new", "--warmup-kimg", "-1"), "warmup", "status 0"),
-    ("12", "edm", tiny("edm", "--out", "new", "--ema-kimg", "nan"), "ema-kimg", "status 0"),
-    ("12", "edm", tiny("edm", "--out", "new", "--p-std", "-1"), "p-std", "status 0"),
-    ("13", "edm", tiny("edm", "--out", "new", "--seed", 10 ** 30), "seed",
+    ("11", "cifar_distill", tiny("cifar_distill", *NEW, "--h", "sba", "--lam", "1e308"), "lam",
+     "traceback: RuntimeError: max(): Expected reduction dim to be specified"),
+    ("11", "edm", tiny("edm", *NEW, "--save-every", "1e-30"), "save-every",
+     "traceback: ZeroDivisionError: integer modulo by zero"),
+    ("11", "edm", tiny("edm", *NEW, "--save-every", "inf"), "save-every",
+     "traceback: OverflowError: cannot convert float infinity to integer"),
+    ("11", "edm", tiny("edm", *NEW, "--ref-kimg", "0"), "ref-kimg",
+     "traceback: ZeroDivisionError: float division by zero"),
+    ("11", "cifar_distill", tiny("cifar_distill", *NEW, "--device", "meta"), "device",
+     "traceback: RuntimeError: Tensor.item() cannot be called on meta tensors"),
+    ("11", "toy2d", tiny("toy2d", "--device", "meta"), "device",
+     "traceback: RuntimeError: META device type not an accelerator."),
+    ("11", "toy2d", tiny("toy2d", "--width", 10 ** 12), "width", ALLOCATE),
+    ("11", "toy2d", tiny("toy2d", "--batch", 10 ** 12), "batch", ALLOCATE),
+    ("11", "toy2d", tiny("toy2d", "--width", 10 ** 6), "memory.*bytes", ALLOCATE),
+    ("11", "edm", ["sample", "items/sparse.pt"], "another kind", "the tensor is taken for weights"),
+    ("11", "edm", ["sample", "items/integer.pt"], "name of a tensor",
+     TYPE + "'<' not supported between instances of 'int' and 'str'"),
+    ("12", "edm", tiny("edm", *NEW, "--kimg", "nan"), "kimg", "status 0, no images"),
+    ("12", "edm", tiny("edm", *NEW, "--warmup-kimg", "-1"), "warmup", "status 0"),
+    ("12", "edm", tiny("edm", *NEW, "--ema-kimg", "nan"), "ema-kimg", "status 0"),
+    ("12", "edm", tiny("edm", *NEW, "--p-std", "-1"), "p-std", "status 0"),
+    ("13", "edm", tiny("edm", *NEW, "--seed", 10 ** 30), "seed",
      "Overflow when unpacking long long"),
     ("13", "toy2d", tiny("toy2d", "--seed", 2 ** 64), "seed", "Overflow when unpacking long long"),
-    ("13", "fid", ["train", "--data", "labelled.npz", "--out", "new"], "needs 128",
+    ("13", "fid", ["train", "--data", "labelled.npz", *NEW], "needs 128",
      "Expected positive integer total_steps, but got 0"),
-    ("13", "edm", ["sample", "items/evil.pt"], "evil.pt.*refused to load print",
-     "Weights only load failed ... set weights_only to False"),
+    ("13", "edm", ["sample", "items/protocol.pt"], "protocol.pt.*more than tensors",
+     "31 lines, the last: Check the documentation of torch.load to learn more about types accepted "
+     "by default with weights_only"),
     ("13", "fid", ["items/image.zip", "good.npz"], "image.zip.*0.png.*none of PNG",
      "cannot identify image file <_io.BytesIO object at 0x7f...>"),
-    ("14", "edm", tiny("edm", "--out", "new", "--data", ""), "data", "reads the current folder"),
-    ("14", "edm", tiny("edm", "--out", ""), "out", "writes into the current folder"),
+    ("14", "edm", tiny("edm", *NEW, "--data", ""), "data", "reads the current folder"),
+    ("14", "edm", tiny("edm", "--out", ""), "out", "writes into the current folder, status 0"),
     ("14", "fid", [""], "empty", "reads the current folder"),
-    ("14", "bregman", ["--evil"], "evil", "two lines"),
+    ("14", "bregman", ["--evil"], "evil", "2 lines"),
 ]
+INDEX = "traceback: IndexError: index "
+LABELS = {      # name of crafted.bad_labels -> what edm.py printed
+    "-3": "status 0: trains as class 7", "fewer": "status 0", "bools": "status 0",
+    "fractions": INDEX + "44 is out of bounds",
+    "NaN": INDEX + "-9223372036854775808 is out of bounds",
+    "10^6": INDEX + "1000000 is out of bounds", "none": INDEX + "is out of bounds",
+    "2^63": INDEX + "-9223372036854775808 is out of bounds",
+    "of 11 classes": INDEX + "10 is out of bounds for dimension 0 with size 10",
+    "two axes": "traceback: RuntimeError: The size of tensor a (32) must match",
+    "one for all": "traceback: IndexError: too many indices",
+    "texts": "invalid literal for int() with base 10: np.str_('a')",
+}
 
 
 def items(attack):
     """The 15 things that did not hold, each as a case of its own."""
     folder, rng = attack.folder / "items", attack.rng
     folder.mkdir()
-    torch.save({"a": crafted.Calls(print, "evil")}, folder / "evil.pt")
+    torch.save({"a": torch.zeros(2)}, folder / "protocol.pt", pickle_protocol=4)
+    torch.save({"a": torch.eye(2).to_sparse()}, folder / "sparse.pt")
+    torch.save({1: torch.zeros(2)}, folder / "integer.pt")
     crafted.zipped(folder / "image.zip", {"0.png": b"evil", "1.png": crafted.png(32, 32)})
     for item, script, name, change, must, before in STATES:
         yield Case("named", f"{script}: {name}", script,
@@ -313,13 +341,12 @@ def items(attack):
         yield Case("named", f"{script} killed while saving", item="5", before="21 MB are left",
                    play=functools.partial(killed, script=script, number=signal.SIGKILL,
                                           moment="saving"))
-    wrong = crafted.bad_labels() | {"of 11 classes": crafted.beyond_classes()}
+    wrong = crafted.bad_labels() | {"of 11 classes": np.arange(len(IMAGES)) % 11}
     for name, labels in wrong.items():
-        path = folder / f"labels_{len(name)}_{name[:3].strip('-^')}.npz"
+        path = folder / f"labels_{name.replace(' ', '_')}.npz"
         np.savez(path, images=IMAGES, labels=labels)
         yield Case("named", f"labels: {name}", "edm", [*tiny("edm"), "--data", path, "--config",
-                   "compact-cond", "--out", "new"], must="labels", item="7",
-                   before="-3 trains as class 7, fractions are cut, others end in tracebacks")
+                   "compact-cond", *NEW], must="labels", item="7", before=LABELS[name])
     yield Case("kill", "a second Ctrl-C in a long evaluation", item="8", before="goes on",
                play=impatient)
     yield Case("named", "log.csv lost its rows", item="9", before="the row is lost", play=lost_rows)
@@ -360,7 +387,7 @@ def bombs(folder):
                        ("other.zip", "no images"), ("large.zip", "pixels")):
         yield Case("named", f"expands to 1 GB: {name}", "fid", [folder / name, "good.npz"],
                    limit=20, must=f"{name}.*{must}", item="15",
-                   before="read for tens of seconds, 1 GB and more")
+                   before="1 GB is read, then: Bad CRC-32")
 
 
 # ------------------------------------------------------------------------------------------ all
