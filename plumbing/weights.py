@@ -68,8 +68,7 @@ class SafeUnpickler(pickle.Unpickler):
         "torch.nn.modules.container.ModuleDict": Record,
         "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
         "torch._utils._rebuild_tensor_v2": Call(_tensor),
-        "torch.storage._load_from_bytes": Call(lambda blob: torch.load(
-            io.BytesIO(blob), map_location="cpu", weights_only=True)),
+        "torch.storage._load_from_bytes": Call(lambda blob: _load(io.BytesIO(blob))),
         "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
     }
 
