@@ -72,6 +72,12 @@ LINES = {       # is it the divergence, the classifier or the batch? label, opti
     "level": ("noise levels alone", "--part level", (-1, 1, 5), "#969696"),
     "sample": ("samples alone", "--part sample", (-1, 1, 5), "#238b45"),
 }
+PAGE = {                # the page's runs: every lambda and LR, three ways
+    f"{way}_{row}": f"{own} {options}".strip()
+    for way, options in (("learned", ""), ("exact", "--ratio exact"), ("uneven", "--target uneven8"))
+    for row, own in {"-1": "--h be", "-0.5": EVERY_H["sba_-0.5"], "0": "--h kl", "1": "--h ls",
+                     "lr": "--h lr"}.items()
+    | {f"{lam:g}": f"--h sba --lam {lam:g}" for lam in (0.5, 3, 5, 10)}.items()}
 PLANE_RATIO = {         # how log r is learned, and how far it is believed
     "kl_linear": "--h kl --head linear", "kl_mean": "--h kl --head mean",
     "kl_high": "--h kl --class-min 0.2", "kl_low": "--h kl --class-max 0.5",
@@ -127,6 +133,7 @@ GROUPS = {
     "plane_lam": Group("the divergence, the classifier or the batch", TOY, {
         f"{line}_{lam:g}": f"--h sba --lam {lam:g} {options}".strip()
         for line, (_, options, several, _) in LINES.items() for lam in several}, PLANE, seeds=5),
+    "page": Group("the page's runs", TOY, PAGE, PLANE, seeds=1),
     "every_h": Group("every h on the ring", TOY, EVERY_H, PLANE, seeds=5),
     "plane_ratio": Group("learning the ratio", TOY, PLANE_RATIO, PLANE),
     "plane_help": Group("what helps SBA 5", TOY, PLANE_HELP, PLANE),

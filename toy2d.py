@@ -350,7 +350,8 @@ def distil(cfg, frames=24, points=200, bar=True):
     Raises FloatingPointError, naming step and noise level, for what is no longer finite."""
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    shots = dict(step=np.unique(np.geomspace(1, cfg.steps, frames).astype(int)), x=[], log_r=[])
+    steps = np.ceil(np.geomspace(cfg.steps / 1000, cfg.steps, frames).round(6)).astype(int)
+    shots = dict(step=np.unique(steps), x=[], log_r=[])
     g = torch.Generator(cfg.device).manual_seed(cfg.seed)       # the same points in every frame
     z, noise = torch.randn(2, points, 2, generator=g, device=cfg.device)
     progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
