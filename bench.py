@@ -27,9 +27,9 @@ from ncsnpp import CONFIGS, EDMPrecond
 from plumbing.options import Parser, count, torch_device
 
 
-def seconds(f, where):
+def seconds(f, device):
     """Of one call, with the device's queue empty before and after."""
-    wait = torch.cuda.synchronize if where.startswith("cuda") else lambda: None
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
     f()
@@ -37,27 +37,28 @@ def seconds(f, where):
     return time.perf_counter() - start
 
 
-def medians(tasks, where, rounds):
+def medians(tasks, device, rounds):
     """name -> f: the median seconds of each, in turns, after one warming call."""
     for f in tasks.values():
         f()
-    times = [{name: seconds(f, where) for name, f in tasks.items()} for _ in range(rounds)]
+    times = [{name: seconds(f, device) for name, f in tasks.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in tasks}
 
 
-def matmul_peak(where, dtype):
+def matmul_peak(device, dtype):
     """GFLOP/s of a large square product, the best of ten."""
-    n = 8192 if where.startswith("cuda") else 2048
-    a, b = torch.randn(2, n, n, device=where).to(dtype)
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
     a @ b
-    return 2 * n ** 3 / min(seconds(lambda: a @ b, where) for _ in range(10)) / 1e9
+    return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(10)) / 1e9
 
 
-def row(name, batch, amp, where, rounds):
+def row(name, batch, amp, device, rounds):
+    """-> the cells below HEAD of a network, numbers and texts."""
     torch.manual_seed(0)
     teacher = EDMPrecond(**CONFIGS[name])
     images = torch.randint(0, 256, (1000, 3, 32, 32), dtype=torch.uint8)
-    d = Distiller(Config(batch=batch, amp=amp, wait_kimg=1e-9, device=where), teacher, images,
+    d = Distiller(Config(batch=batch, amp=amp, wait_kimg=1e-9, device=device), teacher, images,
                   torch.arange(1000) % 10)
     b = d.draw()
     x = b.sigma * b.noise                               # (batch, 3, 32, 32)
@@ -75,20 +76,25 @@ def row(name, batch, amp, where, rounds):
         with d.autocast():
             d.fake.encode(x, b.sigma, b.c).square().mean().backward()
 
-    t = medians(dict(forward=forward, both=both, encoder=encoder, step=d.step,
-                     student=lambda: sample(d.ema, batch, sigmas=(2.5, 0.0), batch=batch),
-                     teacher=lambda: sample(d.teacher, batch, steps=2, batch=batch)), where, rounds)
+    def student():
+        sample(d.ema, batch, levels=[2.5], batch=batch)
+
+    def few_of_the_teacher():
+        sample(d.teacher, batch, steps=2, batch=batch)
+
+    t = medians(dict(forward=forward, both=both, encoder=encoder, step=d.step, student=student,
+                     teacher=few_of_the_teacher), device, rounds)
     t["teacher"] *= 35 / 3                              # 2 Heun steps are 3 of the 35 evaluations
     with FlopCounterMode(display=False) as flops:
         d.step()
-    memory = (torch.cuda.max_memory_allocated() if where.startswith("cuda")
+    memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     dtype = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
     speed = flops.get_total_flops() / t["step"] / 1e9
     bound = batch / (2 * t["both"] + 2 * t["forward"] + t["encoder"])
     return [name, batch, "fp32" if amp == "no" else amp, batch / t["forward"], batch / t["both"],
             batch / t["step"], bound, f"{batch / t['step'] / bound:.0%}", speed,
-            f"{speed / matmul_peak(where, dtype):.0%}", batch / t["student"],
+            f"{speed / matmul_peak(device, dtype):.0%}", batch / t["student"],
             t["teacher"] / t["student"], memory / 2 ** 30]
 
 

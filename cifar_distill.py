@@ -7,36 +7,33 @@
     python cifar_distill.py --resume                    # goes on, bit for bit on a CPU
     python cifar_distill.py sample runs/compact_kl/student.pt -n 64 --out runs/grid.png
 """
-from plumbing.run import all_mean, check_finite, gather, rank, run_main, tune_cpu, world
+from plumbing.run import (all_mean, check_finite, first_process_first, gather, rank, run_main,
+                          tune_cpu, world)
 
 import argparse
 import copy
-import json
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import bregman
 import edm
-import fid
-from data import load_images, save_grid
-from edm import check_labels, edm_loss, half_life_to_beta, karras, load_guided, sample
+from data import load_images
+from edm import (check_labels, edm_loss, few_steps, half_life_to_beta, karras, load_guided,
+                 student_levels)
 from ncsnpp import c_out
-from plumbing.files import atomic, save_atomic
+from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate)
-from plumbing.plots import curve, side_by_side
+from plumbing.teachers import beside, shipped
 from plumbing.weights import check_form
 
-HERE = Path(__file__).parent
 SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small
 
 
@@ -45,12 +42,14 @@ class Config:
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
     teacher: text = "pretrained/compact_teacher.pt"     # a file, a URL, a name of NVIDIA's
-    guide: str = ""             # what guides the teacher: younger weights, or "self" without label
+    guide: text = "own"         # what guides the teacher: weaker weights, "self" without label, or
+                                # "none"; "own": TEACHER_young.pt, where there is one
     w: real = 2.0               # how much: D_weak + w (D_good - D_weak)
     guide_low: nonnegative = 0.0        # at noise levels from this
     guide_high: positive = 1e3          # to this
     data: text = "own"          # images for the classifier's p; "own": TEACHER_samples.zip
-    bank: text = "own"          # the teacher's samples, to judge by; "own", as above, or "none"
+    bank: text = "own"          # other samples of the teacher's to judge by, or their features, or
+                                # "none"; "own": TEACHER_compact.npz, where there is one
     reference: text = "cifar10"         # the data to judge by: what fid.py takes
     kimg: positive = 16         # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
@@ -59,6 +58,7 @@ class Config:
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
+    nfe: count = 1              # evaluations of the generator for an image
     t_min: share = 0.15         # the generator's noise levels: from this
     t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
     w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|
@@ -92,6 +92,8 @@ class Config:
             raise ValueError("--t-min must be below --t-max")
         if self.part != "both" and self.norm != "batch":
             raise ValueError(f"--part {self.part} goes with --norm batch")
+        if self.nfe > 16:
+            raise ValueError(f"--nfe {self.nfe}: at most 16")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.batch % world():
@@ -102,7 +104,7 @@ PRESETS = {
     "compact": {},                                      # the defaults above: two cores, no network
     "smoke": dict(kimg=0.256, batch=16, wait_kimg=0.064, eval_every=0.128, eval_n=200, preview=16),
     "paper": dict(                                      # Appendix D; SiDA's settings for the rest
-        h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", data="cifar10", bank="none",
+        h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", guide="none", data="cifar10",
         kimg=15_000, batch=256, lr_g=1e-5, lr_f=1e-5, decay_kimg=0, wait_kimg=100, ema_kimg=500,
         p_mean=-1.2, p_std=1.2, norm="batch", w_t="dmd", t_min=0.0, clip=10, ess=0.0, grad_clip=1.0,
         features="inception", eval_every=1000, eval_n=50_000, save_every=250),
@@ -136,6 +138,7 @@ class Distiller:
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)
         self.level = torch.zeros(bins, device=cfg.device)       # by noise level: log r's running
         #                                                         mean, or with --part log of w's
+        self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                          # of what happened since the last row
 
@@ -145,7 +148,7 @@ class Distiller:
         moving = self.seen >= 1e3 * cfg.wait_kimg       # until then G waits for the fake network
         self.set_rates()
         with torch.set_grad_enabled(moving), self.autocast():
-            x = self.G(cfg.sigma_init * b.z, cfg.sigma_init, b.c)       # lines 4, 5  (n, C, H, W)
+            x = self.G(*self.start(b), b.c)                             # lines 4, 5  (n, C, H, W)
         if moving:
             x_t = x.detach() + b.sigma * b.noise                                        # line 7
             gap, slope, log_r = self.compare(x_t, b)                                    # lines 8, 9
@@ -155,6 +158,14 @@ class Distiller:
             self.average_weights()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake network")   # lines 16 to 22
         self.seen += cfg.batch
+
+    def start(self, b):
+        """-> what the generator sees, and its noise level: (sigma_init z, sigma_init). With --nfe K
+        the K evaluations take turns as the last; those before it are not learned from."""
+        sigma = self.steps[b.before.shape[1]]
+        with torch.no_grad():
+            x = few_steps(self.G, b.before.unbind(1), self.steps, b.c)
+        return x + sigma * b.z, sigma
 
     def compare(self, x_t, b):
         """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, C, H, W), and
@@ -262,6 +273,7 @@ class Distiller:
         sigma_f = (cfg.p_mean + cfg.p_std * torch.randn(n, **kind)).exp()               # line 17
         b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
         b |= self.pick(index, kind)
+        b["before"] = torch.randn(n, self.seen // n % cfg.nfe, *shape[1:], **kind)
         mine = {name: value[rank()::world()] for name, value in b.items()}
         return SimpleNamespace(**(dict(c=None, c_real=None) | mine))
 
@@ -333,70 +345,18 @@ def trained(net):
     return [p for p in net.parameters() if p.requires_grad]
 
 
-# -------------------------------------------------------------------------------------- judging
-
-class Judge:
-    """Measures samples against the data and, where there is a bank, the teacher's samples."""
-
-    def __init__(self, cfg):
-        self.net = fid.load_net(cfg.features).to(cfg.device)
-        self.name = fid.NAMES[cfg.features][0]
-        self.data = fid.measure_source(cfg.reference, self.net)
-        bank = beside(cfg.teacher, cfg.bank)
-        self.bank = None if bank == "none" else fid.measure_source(bank, self.net)
-        self.key = "to_teacher" if self.bank else "to_data"
-
-    def compare(self, a):
-        """A set that is measured -> its distances, and its variety beside the bank's."""
-        row = {"to_data": fid.frechet(a.mu, a.sigma, self.data.mu, self.data.sigma)}
-        if self.bank:
-            row["to_teacher"] = fid.frechet(a.mu, a.sigma, self.bank.mu, self.bank.sigma)
-            row |= fid.variety(a, self.bank) or {}
-        return row | {"score": a.score[0]}
-
-    def teachers_own(self):
-        """The bank's distances: the floor. To the teacher: one half's to the other."""
-        if not self.bank or self.bank.features is None:         # statistics have no halves
-            return {}
-        half, other = self.bank.features.tensor_split(2)
-        to_data = fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma)
-        return {"to_data": to_data,
-                "to_teacher": fid.frechet(*fid.stats(half), *fid.stats(other))}
-
-
-def timed(f):
-    """-> f()'s result, which is on the CPU, and its seconds."""
-    start = time.perf_counter()
-    return f(), time.perf_counter() - start
-
-
 # ----------------------------------------------------------------------------------------- a run
 
 FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-COLUMNS = ("to_data", "to_teacher", "precision", "recall", "density", "coverage", "images", "score",
-           "ess", "tau", "log_r", "log_r_std", "loss_score", "loss_class", "grad_g", "grad_f")
-
-
-def shipped(name):
-    """A path of the user's or, where there is none, of this project's: pretrained/..."""
-    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
-
-
-def beside(teacher, name):
-    """The path `name`, which may be "own": the samples that lie beside the teacher's weights."""
-    own = shipped(teacher).removesuffix(".pt") + "_samples.zip"
-    return own if name == "own" else shipped(name)
 
 
 def load_all(cfg):
-    """-> teacher, images, labels. Process 0 comes first, since it may download."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    guide, data = cfg.guide and shipped(cfg.guide), beside(cfg.teacher, cfg.data)
-    teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low, cfg.guide_high)
-    images, labels = load_images(data)
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    """-> teacher, images, labels."""
+    guide = cfg.guide if cfg.guide == "self" else beside(cfg.teacher, cfg.guide, "_young.pt")
+    with first_process_first():
+        teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low, cfg.guide_high)
+        data = beside(cfg.teacher, cfg.data, "_samples.zip", needed=True)
+        images, labels = load_images(data)
     if tuple(images.shape[1:]) != (3, 32, 32):
         raise ValueError(f"{data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
     if teacher.label_dim:
@@ -410,45 +370,12 @@ def run(cfg, out, resume=False):
         d = Distiller(cfg, *load_all(cfg))
         if state:
             d.load(state, str(out / "checkpoint.pt"))
-        judge = Judge(cfg) if rank() == 0 else None
-        own = judge.teachers_own() if judge else {}
-
-        def evaluate():
-            images = sample(d.ema, cfg.eval_n, sigmas=(cfg.sigma_init, 0.0))
-            row = judge.compare(fid.measure(images, judge.net))
-            save_grid(images[:cfg.preview], out / f"grid_{d.seen:09}.png")
-            curve(loop.rows + [row | {"kimg": d.seen / 1e3}], own, judge.name, out / "curve.png")
-            return row | d.averages()
-
-        loop = Loop(d, cfg, out, COLUMNS, evaluate, cfg.eval_every, state)
+        judge = Judge(cfg, out) if rank() == 0 else None
+        loop = Loop(d, cfg, out, COLUMNS, lambda: judge.row(d, loop.rows), cfg.eval_every, state)
         status = loop.run()
         if judge and not status:
-            finish(cfg, out, d, loop, judge, own)
+            judge.finish(d, loop)
     return status
-
-
-def finish(cfg, out, d, loop, judge, own):
-    """student.pt, samples.png, result.json, and one line."""
-    n, first, last, key = cfg.preview, loop.rows[0], loop.rows[-1], judge.key
-    save_atomic({"config": asdict(cfg), "seen": d.seen, "ema": d.ema.state_dict()},
-                out / "student.pt")
-    sample(d.teacher, n, steps=1)                               # warm before it is timed
-    teachers, slow = timed(lambda: sample(d.teacher, n))
-    # of the student 8 times as many: n take too little time to measure
-    students, fast = timed(lambda: sample(d.ema, 8 * n, sigmas=(cfg.sigma_init, 0.0)))
-    slow, fast = slow / n, fast / (8 * n)
-    side_by_side({"teacher: 35 evaluations": teachers,
-                  "student: 1 evaluation, same noise": students[:n]}, out / "samples.png")
-    result = {"distance": judge.name, "before": first, "after": last, "teacher": own,
-              "images": d.seen, "seconds": loop.seconds(), "seconds_per_image": fast,
-              "teacher_seconds_per_image": slow, "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "processes": world(), "config": asdict(cfg)}
-    with atomic(out / "result.json") as tmp:
-        tmp.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    floor = f"; the teacher's own {own[key]:.3g}" if own else ""
-    print(f"{judge.name} {key.replace('_', ' ')}: {first[key]:.4g} before, {last[key]:.4g} after "
-          f"{d.seen} images in {loop.seconds():.0f} s{floor}; {1e3 * fast:.2g} ms an image, "
-          f"{slow / fast:.0f} times faster than the teacher: {out}/samples.png")
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -8,15 +8,13 @@
     python edm.py sample runs/classes/teacher.pt --guide self --w 2
     python edm.py sample edm-cifar10-32x32-uncond-vp                # NVIDIA's official weights
 
-The samples of the shipped teacher, -n 5000 --seed 1, have FD-compact 4.42 to CIFAR-10
-(results/fid.txt).
+5,000 samples of the shipped teacher have FD-compact 4.42 to CIFAR-10 (results/fid.txt).
 """
 from plumbing.run import check_finite, run_main, tune_cpu
 
 import math
 import time
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,22 +24,14 @@ from tqdm import tqdm
 
 from data import load_images, save_grid, save_images
 from ncsnpp import CONFIGS, EDMPrecond, c_out, per_image
-from plumbing.download import download
 from plumbing.files import reading, save_atomic
 from plumbing.loop import Loop, folder, take_up
-from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
+from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate, whole)
-from plumbing.weights import check_form, check_weights, read_config, read_weights
+from plumbing.teachers import levels_behind, load_teacher
+from plumbing.weights import check_form
 
 IMAGE = (3, 32, 32)
-
-OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl
-    "edm-cifar10-32x32-uncond-vp":
-        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
-    "edm-cifar10-32x32-uncond-ve": None,
-    "edm-cifar10-32x32-cond-vp": None,
-}
-
 
 # ---------------------------------------------------------------------------- loss and sampler
 
@@ -72,8 +62,8 @@ def grid(steps):
 def heun(net, z, sigmas, c=None):
     """EDM Algorithm 1, deterministic: standard normal z -> images, both (N, 3, H, W).
 
-    sigmas: noise levels, falling, the last one 0; n of them above 0 take 2 n - 1 evaluations. A
-    one-step generator is its shortest case: sigmas (s, 0) give x + (0 - s) (x - D) / s = D.
+    sigmas: noise levels, falling, the last one 0; n of them above 0 take 2 n - 1 evaluations. One,
+    sigmas (s, 0), gives x + (0 - s) (x - D) / s = D, and that is a one-step generator.
     """
     sigmas = [float(sigma) for sigma in sigmas]
     x = z * sigmas[0]
@@ -84,6 +74,21 @@ def heun(net, z, sigmas, c=None):
             slope_next = (x_next - net(x_next, sigma_next, c)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
+    return x
+
+
+def student_levels(sigma_init, nfe):
+    """The noise levels that a student of `nfe` evaluations sees: a list from sigma_init down, dense
+    where it is low."""
+    return [sigma_init * (1 - k / nfe) ** 2 for k in range(nfe)]
+
+
+def few_steps(net, z, levels, c=None):
+    """A student's samples from standard normal z, one (N, 3, H, W) for each of its noise levels: it
+    denoises a level's noise alone, and at each later level its own output under fresh noise."""
+    x = 0.0
+    for noise, sigma in zip(z, levels):
+        x = net(x + sigma * noise, sigma, c)
     return x
 
 
@@ -105,27 +110,29 @@ def check_labels(labels, n, label_dim, source):
                          f"knows 0 to {label_dim - 1}")
 
 
-def sample(net, n, steps=18, sigmas=None, seed=0, batch=64, labels=None, progress=False):
+def sample(net, n, steps=18, levels=None, seed=0, batch=64, labels=None, progress=False):
     """n samples of a denoiser, uint8 (n, 3, 32, 32) on the CPU.
 
-    sigmas: heun's noise levels, (2.5, 0) for a one-step student; None for a teacher's grid(steps).
-    The noise is one stream on the CPU: neither batch size nor device changes what is drawn.
-    labels: int64 (n,); where a class-conditional network gets none, the classes take turns. Raises
-    ValueError for labels that the network does not know.
+    levels: a student's noise levels, [2.5] for one step; None for a teacher, whose are grid(steps).
+    The noise is a stream on the CPU, one a level: neither batch size nor device changes what is
+    drawn. labels: int64 (n,); where a class-conditional network gets none, the classes take turns.
+    Raises ValueError for labels that the network does not know.
     """
     device = next(net.parameters()).device
-    generator, images, c = torch.Generator().manual_seed(seed), [], None
-    sigmas = grid(steps) if sigmas is None else sigmas
+    images, c = torch.empty(n, *IMAGE, dtype=torch.uint8), None
+    streams = [torch.Generator().manual_seed(seed + (k << 53)) for k in range(len(levels or [0]))]
     if labels is None and net.label_dim:
         labels = torch.arange(n) % net.label_dim
     if labels is not None:
         check_labels(labels, n, net.label_dim, "sample")
         c = F.one_hot(labels, net.label_dim).float().to(device)             # (n, label_dim)
     for start in tqdm(range(0, n, batch), disable=not progress, unit="batch"):
-        z = torch.randn(min(batch, n - start), *IMAGE, generator=generator).to(device)
+        some = images[start:start + batch]
+        z = [torch.randn(some.shape, generator=stream).to(device) for stream in streams]
         part = None if c is None else c[start:start + batch]
-        images.append(to_uint8(heun(net, z, sigmas, part)).cpu())
-    return torch.cat(images)
+        x = few_steps(net, z, levels, part) if levels else heun(net, z[0], grid(steps), part)
+        some.copy_(to_uint8(x))
+    return images
 
 
 # ------------------------------------------------------------------------------------- guidance
@@ -167,47 +174,6 @@ class Guided(nn.Module):
         return torch.where(inside, D_weak + self.w * (D_good - D_weak), D_good)
 
 
-# -------------------------------------------------------------------------------------- loading
-
-def build(state, name="the checkpoint"):
-    """The network whose names and shapes are those of `state`, with its weights, in eval mode.
-    Raises ValueError, naming the file `name`, if its tensors are none of finite numbers, and the
-    first difference to the nearest configuration, if none fits."""
-    check_weights(state, name)
-    shapes = {k: tuple(v.shape) for k, v in state.items()}
-    nearest = None
-    for config, kwargs in CONFIGS.items():
-        with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in EDMPrecond(**kwargs).state_dict().items()}
-        wrong = [k for k in sorted(expected | shapes) if expected.get(k) != shapes.get(k)]
-        if not wrong:
-            net = EDMPrecond(**kwargs)
-            net.load_state_dict(state)
-            return net.eval().requires_grad_(False)
-        if nearest is None or len(wrong) < nearest[0]:
-            k = wrong[0]
-            nearest = len(wrong), (f"{config}, in which {k} is {expected.get(k)}, "
-                                   f"not {shapes.get(k)}")
-    raise ValueError(f"{name}: no known configuration has these tensors; nearest is {nearest[1]}")
-
-
-def load_teacher(source):
-    """-> EDMPrecond in eval mode, without gradients, float32 on the CPU.
-
-    source: a path, a URL, or a name of OFFICIAL; NVIDIA's pickles and our checkpoints alike. The
-    configuration is recognised by names and shapes. Raises ValueError or OSError.
-    """
-    source = str(source)
-    if source in OFFICIAL:
-        source = f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl"
-    if "://" in source:
-        name = source.rsplit("/", 1)[1].removesuffix(".pkl")
-        source = download(source, OFFICIAL.get(name))
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"no such checkpoint: {source} (or one of {', '.join(OFFICIAL)})")
-    return build(read_weights(source), source)
-
-
 def load_guided(teacher, guide, w, low=0.0, high=math.inf):
     """-> Guided, or the teacher alone for an empty `guide`, on the CPU.
 
@@ -217,16 +183,6 @@ def load_guided(teacher, guide, w, low=0.0, high=math.inf):
     if not guide:
         return teacher
     return Guided(teacher, None if guide == "self" else load_teacher(guide), w, low, high)
-
-
-def student_levels(path):
-    """The noise levels (sigma_init, 0) of a one-step student of cifar_distill.py; None for a
-    teacher."""
-    sigma_init = read_config(path).get("sigma_init") if Path(path).is_file() else None
-    try:
-        return None if sigma_init is None else (positive(sigma_init), 0.0)
-    except ValueError as e:
-        raise ValueError(f"{path}: not a student: sigma_init {e}") from e
 
 
 # ------------------------------------------------------------------------------------- training
@@ -418,7 +374,7 @@ def parse(argv):
     p.add("seed", torch_seed, 0, "of the noise")
     p.add("batch", count, 64, "images at a time")
     p.add("device", torch_device, TrainConfig.device, "what computes")
-    p.add("out", path, "runs/samples.png", ".npz or .zip, else a grid as PNG")
+    p.add("out", ending(".png", ".npz", ".zip"), "runs/samples.png", "a grid, or a set of images")
     return parser.parse_args(argv)
 
 
@@ -430,15 +386,16 @@ def main(argv):
         return train(cfg, args.out, args.resume)
 
     net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
-    net, sigmas = net.to(args.device), student_levels(args.checkpoint)
+    net, student = net.to(args.device), levels_behind(args.checkpoint)
+    levels = student_levels(*student) if student else None
     start = time.monotonic()
     labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
-    images = sample(net, args.n, args.steps, sigmas, args.seed, args.batch, labels, progress=True)
+    images = sample(net, args.n, args.steps, levels, args.seed, args.batch, labels, progress=True)
     if args.out.suffix in (".npz", ".zip"):
         save_images(images, args.out, labels)
     else:
         save_grid(images, args.out)
-    print(f"{args.n} images, {1 if sigmas else 2 * args.steps - 1} evaluations each, "
+    print(f"{args.n} images, {len(levels) if levels else 2 * args.steps - 1} evaluations each, "
           f"in {time.monotonic() - start:.1f} s: {args.out}")
 
 

@@ -4,6 +4,7 @@
     python experiments.py --run                         # first runs what results/ lacks: hours
     python experiments.py --run plane_lam images --seeds 1      # of these groups, with one seed
     python experiments.py --gif                         # also figures/toy2d.gif: KL beside SBA 5
+    python experiments.py --page                        # also figures/play.html, which plays
 
 A run is one call of toy2d.py or cifar_distill.py in a process of one thread. A run whose result is
 there, in whichever group, is not made again. A run that was interrupted goes on. This is the only
@@ -11,13 +12,10 @@ command that writes into results/ and figures/ by default.
 """
 from plumbing.run import run_main
 
-import functools
-import json
 import math
 import os
 import shutil
-import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +26,33 @@ import cifar_distill
 import toy2d
 from plane import TARGETS
 from plumbing.files import atomic
-from plumbing.jobs import read, run_all
+from plumbing.jobs import run_all
 from plumbing.options import Parser, count, path
-from plumbing.pictures import animate, curves, dots, label, lambdas, mean_std, panels
+from plumbing.page import page
+from plumbing.pictures import animate, curves, dots, label, lambdas, panels, strip
 from plumbing.plots import save_figure
+from plumbing.results import COLUMNS, Results, Script, power, runs_of, tables, values_of
 
 HERE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------------------------- the groups
+
+def options_of_toy2d(words):
+    """The words of a command line -> a run's options, as the script reads them."""
+    parser = Parser(prog="toy2d.py")
+    parser.add_fields(toy2d.Config)
+    return toy2d.Config(**vars(parser.parse_args(words)))
+
+
+def options_of_cifar_distill(words):
+    """The same."""
+    config, _, _ = cifar_distill.parse(words)
+    return config
+
+
+TOY = Script("toy2d.py", toy2d.Config, options_of_toy2d)
+CIFAR = Script("cifar_distill.py", cifar_distill.Config, options_of_cifar_distill)
 
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "ess")
 IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score", "log_r_std")
@@ -47,9 +63,9 @@ class Group:
     """Runs of one table, in results/GROUP/ROW_seedK. rows is name -> options; "" is an edit of the
     code, whose run is made by hand."""
     title: str
-    script: str
+    script: Script
     rows: dict
-    columns: tuple                          # of COLUMNS below
+    columns: tuple                          # keys of plumbing.results.COLUMNS
     common: str = ""                        # options of every row
     seeds: int = 3
     labels: dict = field(default_factory=dict)      # row -> what the table calls it
@@ -63,21 +79,20 @@ EVERY_H = {
 }
 THREE = {name: EVERY_H[name] for name in ("kl", "sba_5", "be")}
 
-LAMBDAS = (-1, 0, 0.5, 1, 3, 5)
-LINES = {       # is it the divergence, the classifier or the batch? label, options, lambdas, colour
-    "learned_256": ("learned ratio, batch 256", "", LAMBDAS, "#cb181d"),
-    "learned_1024": ("learned ratio, batch 1024", "--batch 1024", LAMBDAS, "#fd8d3c"),
-    "exact_256": ("exact ratio, batch 256", "--ratio exact", LAMBDAS, "#08519c"),
-    "exact_1024": ("exact ratio, batch 1024", "--ratio exact --batch 1024", (1, 5), "#41b6c4"),
-    "level": ("noise levels alone", "--part level", (-1, 1, 5), "#969696"),
-    "sample": ("samples alone", "--part sample", (-1, 1, 5), "#238b45"),
+SOME, PARTED = (-1, 0, 0.5, 1, 3, 5), (-1, 1, 5)        # lambdas
+LINES = {       # is it the divergence, the classifier or the batch? line -> options, its lambdas
+    "learned_256": ("", SOME), "learned_1024": ("--batch 1024", SOME),
+    "exact_256": ("--ratio exact", SOME), "exact_1024": ("--ratio exact --batch 1024", (1, 5)),
+    "level": ("--part level", PARTED), "sample": ("--part sample", PARTED),
 }
-PAGE = {                # the page's runs: every lambda and LR, three ways
-    f"{way}_{row}": f"{own} {options}".strip()
-    for way, options in (("learned", ""), ("exact", "--ratio exact"), ("uneven", "--target uneven8"))
-    for row, own in {"-1": "--h be", "-0.5": EVERY_H["sba_-0.5"], "0": "--h kl", "1": "--h ls",
-                     "lr": "--h lr"}.items()
-    | {f"{lam:g}": f"--h sba --lam {lam:g}" for lam in (0.5, 3, 5, 10)}.items()}
+BY_LAMBDA = {           # the page's runs: each lambda and LR, three ways
+    "-1": "--h be", "-0.5": "--h sba --lam -0.5", "0": "--h kl", "0.5": "--h sba --lam 0.5",
+    "1": "--h ls", "3": "--h sba --lam 3", "5": "--h sba --lam 5", "10": "--h sba --lam 10",
+    "lr": "--h lr",
+}
+WAYS = {"learned": "", "exact": "--ratio exact", "uneven": "--target uneven8"}
+PAGE = {f"{way}_{row}": f"{own} {options}".strip()
+        for way, options in WAYS.items() for row, own in BY_LAMBDA.items()}
 PLANE_RATIO = {         # how log r is learned, and how far it is believed
     "kl_linear": "--h kl --head linear", "kl_mean": "--h kl --head mean",
     "kl_high": "--h kl --class-min 0.2", "kl_low": "--h kl --class-max 0.5",
@@ -128,11 +143,10 @@ PAPER = ("--decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-
 RATED = f"{PAPER} --lr-g {RATE} --lr-f {RATE}"
 PARTS = {f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")}
 
-TOY, CIFAR = "toy2d.py", "cifar_distill.py"
 GROUPS = {
     "plane_lam": Group("the divergence, the classifier or the batch", TOY, {
         f"{line}_{lam:g}": f"--h sba --lam {lam:g} {options}".strip()
-        for line, (_, options, several, _) in LINES.items() for lam in several}, PLANE, seeds=5),
+        for line, (options, several) in LINES.items() for lam in several}, PLANE, seeds=5),
     "page": Group("the page's runs", TOY, PAGE, PLANE, seeds=1),
     "every_h": Group("every h on the ring", TOY, EVERY_H, PLANE, seeds=5),
     "plane_ratio": Group("learning the ratio", TOY, PLANE_RATIO, PLANE),
@@ -163,163 +177,6 @@ GROUPS = {
 }
 
 
-# ---------------------------------------------------------------------- which run is which result
-
-FREE = ("device", "gradient_checkpointing", "save_every", "preview", "kimg")    # change no number
-SAME = {"be": -1.0, "fkl": -1.0, "kl": 0.0, "rkl": 0.0, "ls": 1.0}      # these rows are SBA's
-
-
-@functools.cache
-def config_of(script, options):
-    """What a run of these options writes as its config, a dictionary. Raises SystemExit or
-    ValueError for options that the script does not take."""
-    if script == CIFAR:
-        return asdict(cifar_distill.parse(options.split())[0])
-    parser = Parser(prog=script)
-    parser.add_fields(toy2d.Config)
-    return asdict(toy2d.Config(**vars(parser.parse_args(options.split()))))
-
-
-def power(config):
-    """-> lambda of the weight r^lambda, or None for a weight that is no power of r."""
-    return config["lam"] if config["h"] == "sba" else SAME.get(config["h"])
-
-
-def identity(script, config):
-    """What decides a run's numbers, as a text: two runs of the same are one. An option that is
-    younger than a result had its default there. kimg is apart: a longer run holds the shorter."""
-    kind = toy2d.Config if script == TOY else cifar_distill.Config
-    config = {f.name: f.default for f in fields(kind)} | config
-    lam = power(config)
-    config |= dict(h=config["h"] if lam is None else "sba", lam=lam)
-    return json.dumps([script, {k: v for k, v in config.items() if k not in FREE}], sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: str                 # GROUP/ROW_seedK, in that of the results
-    row: str
-    seed: int
-    script: str
-    options: str                # but the seed; "" for a run that is made by hand
-
-    def config(self):
-        return config_of(self.script, self.options) | {"seed": self.seed}
-
-    def identity(self):
-        return identity(self.script, self.config())
-
-    def kimg(self):
-        return self.config().get("kimg", 0)
-
-
-def runs_of(names, most=math.inf):
-    """All runs of these groups, `most` seeds of each row at most; those of one seed in a row."""
-    runs = []
-    for name in names:
-        group = GROUPS[name]
-        for seed in range(min(group.seeds, most)):
-            for row, own in group.rows.items():
-                options = own and f"{own} {group.common}"
-                runs.append(Run(f"{name}/{row}_seed{seed}", row, seed, group.script, options))
-    return runs
-
-
-# ---------------------------------------------------------------------------- runs, and results
-
-class Results:
-    """The finished runs in a folder. What was made by hand counts for its own row alone."""
-
-    def __init__(self, folder):
-        self.folder, self.found = folder, {}            # identity -> [Done]
-        for run in runs_of(GROUPS):
-            done = read(folder / run.folder) if run.options else None
-            if done:
-                key = identity(run.script, done.result["config"])
-                self.found.setdefault(key, []).append(done)
-
-    def of(self, run):
-        """The run's Done, from whichever group, or None."""
-        if not run.options:
-            return read(self.folder / run.folder)
-        cut = [done.until(run.kimg()) for done in self.found.get(run.identity(), [])]
-        return next((done for done in cut if done), None)
-
-    def rows(self, name):
-        """row -> seed -> Done, for the rows of a group that have results."""
-        rows = {row: {} for row in GROUPS[name].rows}
-        for run in runs_of([name]):
-            done = self.of(run)
-            if done:
-                rows[run.row][run.seed] = done
-        return {row: seeds for row, seeds in rows.items() if seeds}
-
-    def missing(self, runs):
-        """folder -> command, for what has no result: of runs with one identity the longest."""
-        longest = {}
-        for run in runs:
-            if run.options and not self.of(run):
-                other = longest.setdefault(run.identity(), run)
-                if run.kimg() > other.kimg():
-                    longest[run.identity()] = run
-        commands = {}
-        for run in longest.values():
-            out = self.folder / run.folder
-            again = ["--resume"] if (out / "checkpoint.pt").exists() else []
-            commands[out] = [sys.executable, run.script, *run.options.split(),
-                             "--seed", str(run.seed), "--out", str(out), *again]
-        return commands
-
-
-# ------------------------------------------------------------------------------------- the tables
-
-COLUMNS = {     # key of a result: the table's head, digits
-    "modes_covered": ("modes", 1), "mode_tv": ("mode TV", 3), "on_mode": ("on a mode", 3),
-    "log_r_error": ("log r error", 2), "ess": ("ESS", 2), "tau": ("tau", 2),
-    "to_teacher": ("to the teacher's samples", 2), "to_data": ("to the data", 2),
-    "less_kl": ("less KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
-    "score": ("score", 2), "log_r_std": ("std of log r", 2),
-}
-
-
-def values_of(rows, row, key):
-    """A number of a row's runs, one a seed. less_kl compares runs of one seed, which draw the same
-    noise."""
-    numbers = {seed: done.numbers() for seed, done in rows[row].items()}
-    if key == "less_kl":
-        key = "to_teacher" if any("to_teacher" in n for n in numbers.values()) else "to_data"
-        base = {seed: done.numbers() for seed, done in rows.get("kl", {}).items()}
-        return [n[key] - base[seed][key] for seed, n in numbers.items() if seed in base]
-    return [n[key] for n in numbers.values() if n.get(key) is not None]
-
-
-def cell(values, digits):
-    if not values:
-        return ""
-    mean, std = mean_std(values)
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if len(values) > 1 else "")
-
-
-def table(group, rows):
-    """A group's table, in Markdown; a column that no row has is left out."""
-    columns = [k for k in group.columns if any(values_of(rows, row, k) for row in rows)]
-    lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)]]
-    lines.append(["---"] * len(lines[0]))
-    for row, by_seed in rows.items():
-        name = [group.labels.get(row), group.rows[row] and f"`{group.rows[row]}`"]
-        lines.append([", ".join(filter(None, name)), str(len(by_seed)),
-                      *(cell(values_of(rows, row, k), COLUMNS[k][1]) for k in columns)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def tables(results):
-    """-> (group, its table) of every group with results."""
-    for name in GROUPS:
-        rows = results.rows(name)
-        if rows:
-            yield name, table(GROUPS[name], rows)
-
-
 # ----------------------------------------------------------------------------------- the pictures
 
 def lambda_picture(rows):
@@ -327,14 +184,21 @@ def lambda_picture(rows):
     about = ("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)
 
     def points(line, several):
+        """lambda -> {key: a value a seed}, of the runs that have results."""
         found = {lam: f"{line}_{lam:g}" for lam in several}
         return {lam: {key: values_of(rows, row, key) for key, *_ in about}
                 for lam, row in found.items() if row in rows}
-    lines = {text: (colour, points(line, several))
-             for line, (text, options, several, colour) in LINES.items() if "part" not in options}
-    bars = {"both" if line == "learned_256" else LINES[line][0]:
-            (LINES[line][3], points(line, LINES["level"][2]))
-            for line in ("learned_256", "level", "sample")}
+    lines = {
+        "learned ratio, batch 256": ("#cb181d", points("learned_256", SOME)),
+        "learned ratio, batch 1024": ("#fd8d3c", points("learned_1024", SOME)),
+        "exact ratio, batch 256": ("#08519c", points("exact_256", SOME)),
+        "exact ratio, batch 1024": ("#41b6c4", points("exact_1024", SOME)),
+    }
+    bars = {
+        "both": ("#cb181d", points("learned_256", PARTED)),
+        "noise levels alone": ("#969696", points("level", PARTED)),
+        "samples alone": ("#238b45", points("sample", PARTED)),
+    }
     return lambdas(lines, bars, about)
 
 
@@ -354,14 +218,24 @@ def modes_picture(rows):
     return panels([teacher, *shown], 5)
 
 
+def strip_picture(rows):
+    """The README's first picture."""
+    rows = {row: rows[row] for row in ("be", "kl", "sba_5") if row in rows}
+    weights = {row: bregman.get(*hs).log_weight for row, hs in
+               {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}.items() if row in rows}
+    shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']} of 8")
+    return strip(weights, list(shown))
+
+
 def exercises_picture(rows):
     return panels(list(students(rows, lambda row, result: EXERCISES[row][0])), 4)
 
 
 def curves_picture(rows):
-    keys = ("to_teacher", "to_data", "score", "precision", "recall", "log_r_std")
-    return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
-                  {key: "distance " * key.startswith("to_") + COLUMNS[key][0] for key in keys})
+    titles = {key: COLUMNS[key][0] for key in ("score", "precision", "recall", "log_r_std")}
+    distances = {key: f"distance {COLUMNS[key][0]}" for key in ("to_teacher", "to_data")}
+    logs = {row: [done.log for done in seeds.values()] for row, seeds in rows.items()}
+    return curves(logs, distances | titles)
 
 
 def dots_picture(rows):
@@ -373,9 +247,9 @@ def dots_picture(rows):
     return dots(points, "distance to the teacher's samples")
 
 
-PICTURES = {        # group -> file in figures/, what draws it; most groups on images have curves
-    "plane_lam": ("plane_lam", lambda_picture), "every_h": ("toy2d_modes", modes_picture),
-    "exercises": ("exercises", exercises_picture),
+PICTURES = {        # file in figures/ -> group, what draws it; most groups on images have curves
+    "strip": ("every_h", strip_picture), "toy2d_modes": ("every_h", modes_picture),
+    "plane_lam": ("plane_lam", lambda_picture), "exercises": ("exercises", exercises_picture),
 } | {name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR}
 PICTURES["images_every_h"] = "images_every_h", dots_picture
 COPIES = {          # pictures that a run draws itself
@@ -389,7 +263,7 @@ COPIES = {          # pictures that a run draws itself
 def draw(results, figures):
     """Write every picture whose group has results."""
     bregman.plot(figures / "weights.png")
-    for name, (file, picture) in PICTURES.items():
+    for file, (name, picture) in PICTURES.items():
         rows = results.rows(name)
         if rows:
             save_figure(picture(rows), figures / f"{file}.png", dpi=100)
@@ -400,15 +274,28 @@ def draw(results, figures):
                 shutil.copyfile(done.folder / source, tmp)
 
 
+def filmed(results, group, names, option):
+    """-> row -> Done, of seed 0, of the rows called `names`. Raises FileNotFoundError for one
+    without frames."""
+    rows = {row: seeds.get(0) for row, seeds in results.rows(group).items()}
+    for row in names:
+        if not rows.get(row) or not (rows[row].folder / "frames.npz").exists():
+            raise FileNotFoundError(f"{option}: no frames of {row}: --run {group} makes them")
+    return {row: rows[row] for row in names}
+
+
 def draw_gif(results, figures):
     """KL beside SBA 5, of seed 0."""
-    films, rows = {}, results.rows("every_h")
-    for row in ("kl", "sba_5"):
-        done = rows.get(row, {}).get(0)
-        if not done or not (done.folder / "frames.npz").exists():
-            raise FileNotFoundError(f"--gif: no frames of {row}: --run every_h makes them")
-        films[label(row)] = dict(np.load(done.folder / "frames.npz"))
+    done = filmed(results, "every_h", ("kl", "sba_5"), "--gif")
+    films = {label(row): dict(np.load(run.folder / "frames.npz")) for row, run in done.items()}
     animate(films, TARGETS["ring8"], figures / "toy2d.gif")
+
+
+def draw_page(results, figures):
+    """The page that plays, of seed 0."""
+    text = page(filmed(results, "page", PAGE, "--page").values(), TARGETS)
+    with atomic(figures / "play.html") as tmp:
+        tmp.write_text(text, encoding="utf-8")
 
 
 def main(argv):
@@ -418,16 +305,17 @@ def main(argv):
     parser.add("seeds", count, None, "at most so many runs of a row (as many as its group has)")
     parser.add("jobs", count, 1 if torch.cuda.is_available() else os.cpu_count(), "runs at a time")
     parser.add_argument("--gif", action="store_true", help="also figures/toy2d.gif, KL and SBA 5")
+    parser.add_argument("--page", action="store_true", help="also figures/play.html")
     parser.add("results", path, None, "where runs are (results)")
     parser.add("figures", path, None, "where pictures go (figures)")
     args = parser.parse_args(argv)
     folder, figures = args.results or HERE / "results", args.figures or HERE / "figures"
-    results, status = Results(folder.resolve()), 0
+    results, status = Results(folder.resolve(), GROUPS), 0
     if args.run is not None:
         names = args.run or [name for name, group in GROUPS.items() if not group.named]
-        runs = runs_of(names, args.seeds or math.inf)
+        runs = runs_of(GROUPS, names, args.seeds or math.inf)
         status = run_all(results.missing(runs), HERE, args.jobs)
-        results = Results(folder.resolve())
+        results = Results(folder.resolve(), GROUPS)
     if status > 1 or (status and not results.found):
         return status
     if not results.found:
@@ -435,10 +323,12 @@ def main(argv):
     draw(results, figures)
     if args.gif:
         draw_gif(results, figures)
+    if args.page:
+        draw_page(results, figures)
     print("mean ± standard deviation (over n - 1) of the seeds")
     for name, text in tables(results):
         group = GROUPS[name]
-        command = f"{group.script} {group.common}".strip()
+        command = f"{group.script.file} {group.common}".strip()
         print(f"\n{name}: {group.title}, by {command}\n\n{text}", end="")
     return status
 

@@ -18,64 +18,23 @@ from plumbing.run import run_main, tune_cpu
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data import load_images
-from plumbing.download import download
-from plumbing.features import Classifier, read_measured, read_net, train_classifier
-from plumbing.files import atomic, claim, reading, save_atomic
-from plumbing.options import Parser, count, path, reader, text, torch_device, torch_seed
+from plumbing.features import REFERENCE, Classifier, load_net, resize, train
+from plumbing.files import atomic, reading
+from plumbing.measured import in_words, read_measured
+from plumbing.options import Parser, count, path, reader, text, torch_device
 
-PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSIFIER = PRETRAINED / "compact_classifier.pt"
-REFERENCE = PRETRAINED / "compact_classifier_cifar10.npz"            # its training set, measured
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth",
-             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 NAMES = {"compact": ("FD-compact", "IS-compact"), "inception": ("FID", "IS")}
 
 
-def load_net(features="compact"):
-    """-> the network behind a distance, in eval mode: "compact", from pretrained/, or "inception",
-    downloaded once and checked. Raises ValueError or OSError, naming the file."""
-    return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))
-
-
 # ----------------------------------------------------------------------------- images to features
-
-def resize_matrix(size, target, how):
-    """The resize of one axis as a matrix (target, size): both resizes are linear and separable.
-
-    clean: Pillow's bicubic (with its low-pass when shrinking), read off from Pillow itself;
-    tf: TensorFlow 1's bilinear, whose source coordinate is i * size / target, no half pixel.
-    """
-    if how == "clean":
-        eye = Image.fromarray(np.eye(size, dtype=np.float32))
-        return torch.from_numpy(np.array(eye.resize((size, target), Image.Resampling.BICUBIC)))
-    at = torch.arange(target) * (size / target)
-    low = at.floor().long()
-    A, rows = torch.zeros(target, size), torch.arange(target)
-    A[rows, low] = 1 - (at - low)
-    A[rows, (low + 1).clamp(max=size - 1)] += at - low
-    return A
-
-
-def resize(images, target, how="clean"):
-    """float [0, 255] (N, 3, H, W) -> (N, 3, target, target), clipped, not rounded."""
-    height, width = images.shape[2:]
-    if (height, width) == (target, target):
-        return images
-    rows = resize_matrix(height, target, how).to(images.device)
-    columns = resize_matrix(width, target, how).to(images.device)
-    return (rows @ (images @ columns.T)).clamp(0, 255)      # columns first, as Pillow does
-
 
 def extract(images, net, how="clean", batch=64, progress=False):
     """-> features (N, d), logits (N, classes), float32 on the CPU.
@@ -323,56 +282,17 @@ def compare(a, b, features="compact", how="clean"):
             "variety": variety(a, b), "n": [a.n, b.n], "features": features, "resize": how}
 
 
-def in_words(result):
-    """compare()'s dictionary for people: two lines."""
-    line = f"{result['distance']} {result['value']:.4g}"
-    n = [f"{k} images" if k else "statistics" for k in result["n"]]
-    if any(k and k < 50_000 for k in result["n"]):
-        known = result["bias"] is not None
-        much = f"about {result['bias']:.2g}" if known else "too few to say how much"
-        line += f" (biased upward by fewer than 50000 images: {much})"
-    if result["score_mean"]:
-        line += f"  {result['score']} {result['score_mean']:.3f} ± {result['score_std']:.3f}"
-    line += f"  variance {result['variance']:.3f} of the reference's"
-    line += f"  {n[0]} against {n[1]}  {result['features']}, resize {result['resize']}\n"
-    if not result["variety"]:
-        return line + "precision and recall need images (6 or more) of both sets"
-    return line + ("precision {precision:.3f}  recall {recall:.3f}  density {density:.3f}  "
-                   "coverage {coverage:.3f}  {images} images each").format(**result["variety"])
-
-
 # ------------------------------------------------------------------------------------ command line
 
-def train(argv, where):
-    """Train FD-compact's classifier and measure its training set. Both files have the names that
-    they have in pretrained/: copy them there to use them."""
-    parser = Parser(prog="fid.py train", description="Train FD-compact's classifier.")
-    parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
-    parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
-    parser.add("epochs", count, 12, "times that it sees each image")
-    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
-    parser.add("device", torch_device, where, "where to compute")
-    args = parser.parse_args(argv)
-    tune_cpu()
-    images, labels = load_images(args.data, "train")
-    test_images, test_labels = load_images(args.data, "test")
-    if labels is None or test_labels is None:
-        raise ValueError(f"--data {args.data}: images without labels")
-    with claim(args.out):
-        weights = args.out / CLASSIFIER.name
-        save_atomic(train_classifier(images, labels, args.epochs, seed=args.seed,
-                                     device=args.device), weights)
-        net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
-        save(measure(images, net), args.out / REFERENCE.name)
-        right = extract(test_images, net)[1].argmax(1) == test_labels
-        print(f"{right.double().mean():.4f} of the test images right: {weights}")
+def measure_into(file, images, net):
+    save(measure(images, net), file)
 
 
 def main(argv):
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if argv[:1] == ["train"]:
-        return train(argv[1:], where)
-    what_a_set_is = __doc__.split("\n\n")[3]
+        return train(argv[1:], device, load_images, measure_into)
+    what_a_set_is = __doc__.split("\n\n")[-1]
     parser = Parser(prog="fid.py", description=what_a_set_is)
     parser.add_argument("a", type=text, help="the set to judge; SOURCE:test takes its test split")
     parser.add_argument("b", type=text, nargs="?", default="cifar10",
@@ -384,7 +304,7 @@ def main(argv):
                "to the network's size: clean (Pillow's bicubic) or tf (TensorFlow 1's bilinear)")
     parser.add("splits", count, 10, "parts of A for the Inception Score, whose spread is printed")
     parser.add("batch", count, 64, "images a step")
-    parser.add("device", torch_device, where, "where to compute")
+    parser.add("device", torch_device, device, "what computes")
     parser.add("save", path, None, "an .npz for A's statistics, score, and features of 5000 images")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 SQRT_HALF = math.sqrt(0.5)
 
-_DDPMPP = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
+_DDPMPP = dict(embedding_type="positional", encoder_type="standard",
                channel_mult_noise=1, resample_filter=[1, 1])
-_NCSNPP = dict(embedding_type="fourier", encoder_type="residual", decoder_type="standard",
+_NCSNPP = dict(embedding_type="fourier", encoder_type="residual",
                channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
 _CIFAR10 = dict(model_channels=128, channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9,
                 num_blocks=4, attn_resolutions=[16])
@@ -54,8 +54,8 @@ def per_image(sigma, x):
 class Conv2d(nn.Conv2d):
     """A convolution with optional 2x resampling in front of it: "up", "down" or None."""
 
-    def __init__(self, c_in, c_out, kernel, resample=None, taps=(1, 1), padding=None):
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2 if padding is None else padding)
+    def __init__(self, cin, cout, kernel, resample=None, taps=(1, 1), padding=None):
+        super().__init__(cin, cout, kernel, padding=kernel // 2 if padding is None else padding)
         nn.init.xavier_uniform_(self.weight)                    # Song et al.: fan_avg, uniform
         nn.init.zeros_(self.bias)
         self.resample = resample
@@ -70,11 +70,11 @@ class Conv2d(nn.Conv2d):
             if self.resample == "down":
                 return F.avg_pool2d(x, 2)
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        c = x.shape[1]
-        f = self.resample_filter.to(x.dtype).expand(c, 1, -1, -1)
+        channels = x.shape[1]
+        f = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
         if self.resample == "down":
-            return F.conv2d(x, f, stride=2, padding=padding, groups=c)
-        return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=c)
+            return F.conv2d(x, f, stride=2, padding=padding, groups=channels)
+        return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=channels)
 
     def forward(self, x, gain=1.0):
         """gain * (resample, then convolve): scaling the weight costs less than scaling x."""
@@ -99,24 +99,24 @@ def group_norm(channels):
 class Block(nn.Module):
     """Residual block with a noise embedding, optional resampling and self-attention."""
 
-    def __init__(self, c_in, c_out, emb, dropout, attention=False, resample=None, taps=(1, 1)):
+    def __init__(self, cin, cout, emb, dropout, attention=False, resample=None, taps=(1, 1)):
         super().__init__()
-        self.norm0 = group_norm(c_in)
-        self.conv0 = Conv2d(c_in, c_out, 3, resample, taps)
-        self.affine = nn.Linear(emb, c_out)
-        self.norm1 = group_norm(c_out)
+        self.norm0 = group_norm(cin)
+        self.conv0 = Conv2d(cin, cout, 3, resample, taps)
+        self.affine = nn.Linear(emb, cout)
+        self.norm1 = group_norm(cout)
         self.dropout = dropout
-        self.conv1 = Conv2d(c_out, c_out, 3)
+        self.conv1 = Conv2d(cout, cout, 3)
         nn.init.zeros_(self.conv1.weight)                       # starts as the identity
-        self.skip = Conv2d(c_in, c_out, 1, resample, taps) if resample or c_in != c_out else None
+        self.skip = Conv2d(cin, cout, 1, resample, taps) if resample or cin != cout else None
         self.attention = attention
         if attention:
-            self.norm2 = group_norm(c_out)
-            self.qkv = Conv2d(c_out, 3 * c_out, 1)
-            self.proj = Conv2d(c_out, c_out, 1)
+            self.norm2 = group_norm(cout)
+            self.qkv = Conv2d(cout, 3 * cout, 1)
+            self.proj = Conv2d(cout, cout, 1)
             nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x, emb):                                  # x (N, c_in, H, W), emb (N, emb)
+    def forward(self, x, emb):                                  # x (N, cin, H, W), emb (N, emb)
         # (skip + x) * sqrt(1/2) is one pass over the features: conv1 carries its own gain, and
         # no backward reads what a convolution put out, so the sums may be made in place.
         h = self.conv0(F.silu(self.norm0(x)))
@@ -128,31 +128,26 @@ class Block(nn.Module):
         else:
             h += self.skip(x, gain=SQRT_HALF)
         if self.attention:
-            n, c, height, width = h.shape
-            qkv = self.qkv(self.norm2(h)).reshape(n, 1, c, 3, height * width)
-            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()       # each (N, 1 head, H W, C)
-            a = F.scaled_dot_product_attention(q, k, v).mT.reshape(n, c, height, width)
+            n, channels, height, width = h.shape
+            qkv = self.qkv(self.norm2(h)).reshape(n, 1, channels, 3, height * width)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each (N, 1 head, H W, channels)
+            a = F.scaled_dot_product_attention(q, k, v).mT.reshape(h.shape)
             a = self.proj(a, gain=SQRT_HALF)
             h = a.add_(h, alpha=SQRT_HALF)
-        return h                                                # (N, c_out, H', W')
+        return h                                                # (N, cout, H', W')
 
 
 class UNet(nn.Module):
     """F(x, c_noise) of EDM's Eq. (7); see EDMPrecond for the arguments."""
 
-    def __init__(self, label_dim=0, *, embedding_type, encoder_type, decoder_type,
-                 channel_mult_noise, resample_filter, model_channels, channel_mult, dropout,
-                 augment_dim, num_blocks=4, attn_resolutions=(16,), resolution=32):
+    def __init__(self, label_dim, *, embedding_type, encoder_type, channel_mult_noise,
+                 resample_filter, model_channels, channel_mult, dropout, augment_dim, num_blocks,
+                 attn_resolutions):
         super().__init__()
-        for value, known in ((embedding_type, ("positional", "fourier")),
-                             (encoder_type, ("standard", "residual")),
-                             (decoder_type, ("standard",))):
-            if value not in known:
-                raise ValueError(f"unknown network option {value!r}, not one of {known}")
         c_noise, emb = model_channels * channel_mult_noise, model_channels * 4
         taps = resample_filter
-        widths = [model_channels * m for m in channel_mult]
-        sizes = [resolution >> level for level in range(len(widths))]
+        widths = [model_channels * m for m in channel_mult]     # channels of each level
+        sizes = [32 >> level for level in range(len(widths))]   # its pixels a side: 32, 16, 8
 
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
@@ -163,37 +158,37 @@ class UNet(nn.Module):
         self.map_layer0 = nn.Linear(c_noise, emb)
         self.map_layer1 = nn.Linear(emb, emb)
 
-        self.enc, c, skips, c_image = nn.ModuleDict(), model_channels, [model_channels], 3
-        self.enc[f"{resolution}x{resolution}_conv"] = Conv2d(3, c, 3)
+        self.enc, cin, skips, pyramid = nn.ModuleDict(), model_channels, [model_channels], 3
+        self.enc["32x32_conv"] = Conv2d(3, cin, 3)
         for size, width in zip(sizes, widths):
             name, attention = f"{size}x{size}", size in attn_resolutions
-            if size != resolution:
-                self.enc[f"{name}_down"] = Block(c, c, emb, dropout, False, "down", taps)
+            if size < sizes[0]:
+                self.enc[f"{name}_down"] = Block(cin, cin, emb, dropout, False, "down", taps)
                 if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = PyramidConv2d(c_image, c, 3, "down", taps, 2)
-                    c_image = c
-                skips.append(c)
+                    self.enc[f"{name}_aux_residual"] = PyramidConv2d(pyramid, cin, 3, "down", taps,
+                                                                     padding=2)
+                    pyramid = cin
+                skips.append(cin)
             for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = Block(c, width, emb, dropout, attention)
-                c = width
-                skips.append(c)
+                self.enc[f"{name}_block{i}"] = Block(cin, width, emb, dropout, attention)
+                cin = width
+                skips.append(cin)
 
         self.dec = nn.ModuleDict()                  # a block takes a skip each, the last one first
         for size, width in zip(sizes[::-1], widths[::-1]):
             name, attention = f"{size}x{size}", size in attn_resolutions
             if size == sizes[-1]:
-                self.dec[f"{name}_in0"] = Block(c, c, emb, dropout, True)
-                self.dec[f"{name}_in1"] = Block(c, c, emb, dropout)
+                self.dec[f"{name}_in0"] = Block(cin, cin, emb, dropout, True)
+                self.dec[f"{name}_in1"] = Block(cin, cin, emb, dropout)
             else:
-                self.dec[f"{name}_up"] = Block(c, c, emb, dropout, False, "up", taps)
+                self.dec[f"{name}_up"] = Block(cin, cin, emb, dropout, False, "up", taps)
             for i in range(num_blocks + 1):
-                self.dec[f"{name}_block{i}"] = Block(c + skips.pop(), width, emb, dropout,
+                self.dec[f"{name}_block{i}"] = Block(cin + skips.pop(), width, emb, dropout,
                                                      attention and i == num_blocks)
-                c = width
-        name = f"{resolution}x{resolution}"
-        self.dec[f"{name}_aux_norm"] = group_norm(c)
-        self.dec[f"{name}_aux_conv"] = Conv2d(c, 3, 3)
-        nn.init.zeros_(self.dec[f"{name}_aux_conv"].weight)
+                cin = width
+        self.dec["32x32_aux_norm"] = group_norm(cin)
+        self.dec["32x32_aux_conv"] = Conv2d(cin, 3, 3)
+        nn.init.zeros_(self.dec["32x32_aux_conv"].weight)
 
     def embed(self, c_noise, c):
         """c_noise (N,), labels c (N, label_dim) or None -> (N, 4 model_channels)."""
@@ -236,9 +231,8 @@ class EDMPrecond(nn.Module):
 
     label_dim: number of classes, 0 for an unconditional network. The other keywords are one of
     CONFIGS: embedding_type "positional" or "fourier", encoder_type "standard" or "residual",
-    decoder_type "standard", channel_mult_noise, resample_filter (taps), model_channels,
-    channel_mult (one per level), dropout, augment_dim, num_blocks, attn_resolutions.
-    Raises ValueError for an unknown type.
+    channel_mult_noise, resample_filter (taps), model_channels, channel_mult (one per level),
+    dropout, augment_dim, num_blocks, attn_resolutions.
     """
     sigma_data = 0.5
     gradient_checkpointing = False      # True: less memory in training, and a forward pass more

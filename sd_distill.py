@@ -11,18 +11,17 @@ A latent diffusion model that predicts the noise is EDM's denoiser in other coor
 so that cifar_distill.py's Distiller runs on it as it is. Its tests use tiny networks: it has not
 been run on Stable Diffusion's weights, and how good its images are is not known.
 """
-from plumbing.run import rank, run_main, tune_cpu, world
+from plumbing.run import first_process_first, rank, run_main, tune_cpu, world
 
 import argparse
 import copy
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -31,17 +30,18 @@ from cifar_distill import Distiller
 from data import save_grid
 from edm import Guided, heun
 from ncsnpp import per_image
-from plumbing.files import atomic, reading
-from plumbing.latents import MISSING, decode, embed, latent_shape, load_inputs, load_model
+from plumbing.files import reading
+from plumbing.latents import (MISSING, check_collapse, decode, embed, latent_shape, load_inputs,
+                              load_model, neighbours, save_student)
 from plumbing.loop import Loop, folder
-from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
-                              torch_device, torch_seed, validate)
+from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share,
+                              text, torch_device, torch_seed, validate)
 from plumbing.plots import side_by_side
 from plumbing.weights import check_form
 
 if not MISSING:                     # without them main() says what to install
     from peft import LoraConfig
-    from safetensors import safe_open, torch as safetensors
+    from safetensors import safe_open
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,7 +88,7 @@ class Config:
     save_every: positive = 1.0  # kimg between checkpoints
 
     # Options of cifar_distill.py that have one value here.
-    part, teacher_free, decay_kimg, grad_clip = "both", False, 0.0, 0.0
+    part, teacher_free, decay_kimg, grad_clip, nfe = "both", False, 0.0, 0.0, 1
 
     def __post_init__(self):
         validate(self)
@@ -278,41 +278,21 @@ COLUMNS = ("variance", "neighbours", "ess", "tau", "log_r", "log_r_std", "loss_s
 
 
 def load_all(cfg, out):
-    """-> pipeline, teacher, inputs. Process 0 comes first, since it downloads and computes."""
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    pipe = load_model(cfg.model)
-    shape = latent_shape(pipe, cfg.size)
-    pipe.vae.to(cfg.device)
-    net = SDPrecond(pipe.unet.to(HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
-    net = net.to(cfg.device).eval().requires_grad_(False)
-
+    """-> pipeline, teacher, inputs."""
     def guided(empty):
         return Guided(net, WithoutPrompt(net, empty), cfg.w).to(cfg.device)
 
     def draw(c, empty):
         return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1)
 
-    inputs = load_inputs(cfg, pipe, draw, out / "inputs.pt")
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    with first_process_first():
+        pipe = load_model(cfg.model)
+        shape = latent_shape(pipe, cfg.size)
+        pipe.vae.to(cfg.device)
+        net = SDPrecond(pipe.unet.to(HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
+        net = net.to(cfg.device).eval().requires_grad_(False)
+        inputs = load_inputs(cfg, pipe, draw, out / "inputs.pt")
     return pipe, guided(inputs["empty"]), inputs
-
-
-def neighbours(x):
-    """The correlation of neighbours in latents (n, 4, h, w): about 0 for noise."""
-    x = x - x.mean((2, 3), keepdim=True)
-    return ((x[..., 1:] * x[..., :-1]).mean() / x.square().mean()).item()
-
-
-def check_collapse(seen, variance, own, teachers):
-    """Raises FloatingPointError where the student draws noise, as SiD-LSG's users saw it do without
-    a word. variance: of its latents, over the teacher's. own, teachers: neighbours() of both."""
-    if variance > 4 or teachers > 0.2 and own < 0.2 * teachers:
-        raise FloatingPointError(
-            f"after {seen} images the student collapsed to noise: its latents have {variance:.2g} "
-            f"times the teacher's variance, and their neighbours correlate by {own:.2g}, the "
-            f"teacher's by {teachers:.2g}; begin anew with lower --lr-g and longer --wait-kimg")
 
 
 def run(cfg, out, resume=False):
@@ -345,13 +325,6 @@ def run(cfg, out, resume=False):
     if rank() == 0 and not status:
         print(f"{d.seen} images: {out}/student.safetensors, and grids beside it")
     return status
-
-
-def save_student(net, cfg, file):
-    """The weights, an adapter's as diffusers' load_lora_weights takes them, with the options."""
-    tensors = {k.replace(".default", ""): v.contiguous() for k, v in net.state_dict().items()}
-    with atomic(file) as tmp:
-        tmp.write_bytes(safetensors.save(tensors, {"config": json.dumps(asdict(cfg))}))
 
 
 def load_student(file, device, model):
@@ -394,9 +367,9 @@ def draw(argv):
     parser.add_argument("--prompt", action="append", required=True, help="what to draw")
     parser.add_argument("-n", type=count, default=4, help="images for each prompt (4)")
     parser.add("seed", torch_seed, 0, "of the noise")
-    parser.add("device", torch_device, Config.device, "where to compute")
+    parser.add("device", torch_device, Config.device, "what computes")
     parser.add("model", str, "", "the teacher's folder, if it is not where it was in training")
-    parser.add("out", path, "runs/sd_samples.png", "a grid as PNG, a row for each prompt")
+    parser.add("out", ending(".png"), "runs/sd_samples.png", "a grid, a row for each prompt")
     args = parser.parse_args(argv)
     cfg, pipe, net = load_student(args.run / "student.safetensors", args.device, args.model)
     c = embed(pipe, args.prompt).repeat_interleave(args.n, 0)

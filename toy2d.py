@@ -11,7 +11,6 @@ By default log r is clipped at +-5 and the weights are divided by their batch me
 """
 from plumbing.run import check_finite, run_main     # first: before torch it can make Ctrl-C quiet
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -26,10 +25,10 @@ from tqdm import tqdm
 
 import bregman
 from plane import REWARDS, TARGETS, log_q, mode_statistics
-from plumbing.files import atomic, claim
+from plumbing.files import claim
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, torch_device,
                               torch_seed, validate)
-from plumbing.plots import plane_run
+from plumbing.plane_run import FRAME_SIGMAS, name_of, snapshot, tell, write
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -90,6 +89,7 @@ class Config:
     lr_f: positive = 3e-3       # fake score's and classifier's
     ema: share = 0.999          # of the student's weights, which are what is measured
     sigma_init: positive = 1.4  # G(z) starts as the teacher's D(sigma_init z; sigma_init)
+    nfe: count = 1              # evaluations of the student for a sample
     init_steps: count = 500     # of the regression that brings G there
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest
@@ -119,6 +119,8 @@ class Config:
             raise ValueError("need --sigma-min below --sigma-max, and --ema below 1")
         if max(self.class_min, self.sigma_min) >= min(self.class_max, self.sigma_max):
             raise ValueError("--class-min to --class-max must overlap --sigma-min to --sigma-max")
+        if self.nfe > 16 or (self.nfe > 1 and self.ratio == "exact"):
+            raise ValueError("--nfe: at most 16, and 1 for --ratio exact, which knows G(z) alone")
         if self.part != "both" and self.batch < 16:
             raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
         if self.reward and (self.part != "both" or self.norm != "batch"):
@@ -137,6 +139,7 @@ class Distiller:
         if cfg.reward:
             self.a = REWARDS[cfg.reward].to(cfg.device)
             self.target = self.teacher.tilt(self.a)
+        self.steps = [cfg.sigma_init * (1 - k / cfg.nfe) ** 2 for k in range(cfg.nfe)]  # G's levels
         self.G, self.fake = self.copy_weights()                                         # line 1
         self.ema = [p.detach().clone() for p in self.G.parameters()]
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
@@ -149,7 +152,7 @@ class Distiller:
         """Lines 3 to 22, once."""
         b = self.draw()
         self.set_rates()
-        x = self.G(b.z)                                                 # lines 4, 5  (n, 2)
+        x = self.G(self.start(b.z, b.before, self.G))                   # lines 4, 5  (n, 2)
         x_t = x.detach() + b.sigma * b.noise                                            # line 7
         gap, slope, log_r = self.compare(x_t, b)                                        # lines 8, 9
         w = self.weigh(log_r)                                                           # line 10
@@ -159,6 +162,18 @@ class Distiller:
         self.descend(self.opt_g, surrogate)                                             # line 15
         self.average_weights()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                   # lines 16 to 22
+
+    @torch.no_grad()
+    def start(self, z, before, G):
+        """-> what G sees: z (n, 2). With --nfe K the K evaluations take turns as the last, those
+        before it, of noise (k, n, 2), are not learned from, and each sees its noise level as well:
+        (n, 3)."""
+        if self.cfg.nfe == 1:
+            return z
+        for k, (noise, sigma) in enumerate(zip((*before, z), self.steps)):
+            x = G(u) if k else 0.0
+            u = F.pad(x / sigma + noise, (0, 1), value=sigma)
+        return u
 
     def compare(self, x_t, b):
         """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, 2), and log r
@@ -220,26 +235,31 @@ class Distiller:
         """Line 1 -> G and the fake network. G starts as a regression to the teacher's denoiser at
         sigma_init. It is linear in pieces, so it can tear the plane into modes."""
         cfg = self.cfg
-        G = mlp(2, 2, cfg.width, lambda: nn.LeakyReLU(0.1)).to(cfg.device)
+        G = mlp(2 + (cfg.nfe > 1), 2, cfg.width, lambda: nn.LeakyReLU(0.1)).to(cfg.device)
         fake = FakeScore(self.teacher, cfg.width, cfg.head).to(cfg.device)
         opt = torch.optim.Adam(G.parameters(), fused=True)
-        sigma = torch.full((512, 1), cfg.sigma_init, device=cfg.device)
         for i in range(cfg.init_steps):
             opt.param_groups[0]["lr"] = 2e-3 * (1 - i / cfg.init_steps)
-            z = self.normal(512)
-            self.descend(opt, (G(z) - self.teacher(sigma * z, sigma)).square().mean())
+            u = self.start(self.normal(512), self.normal(i % cfg.nfe, 512), self.teachers_denoiser)
+            self.descend(opt, (G(u) - self.teachers_denoiser(u)).square().mean())
         return G, fake
 
-    def normal(self, n):
-        """Standard normal, (n, 2)."""
-        return torch.randn(n, 2, generator=self.generator, device=self.cfg.device)
+    def teachers_denoiser(self, u):
+        """What G starts as: D at what it sees, u (n, 2), or (n, 3) with its noise level."""
+        sigma = u[:, 2:] if self.cfg.nfe > 1 else torch.full_like(u[:, :1], self.cfg.sigma_init)
+        return self.teacher(sigma * u[:, :2], sigma)
+
+    def normal(self, *shape):
+        """Standard normal, (*shape, 2)."""
+        return torch.randn(*shape, 2, generator=self.generator, device=self.cfg.device)
 
     def draw(self):
         """-> a step's random numbers."""
         n = self.cfg.batch
         return SimpleNamespace(z=self.normal(n), sigma=self.sigmas(n), noise=self.normal(n),
                                sigma_f=self.sigmas(n), noise_f=self.normal(n),
-                               real=self.teacher.sample(n, self.generator))
+                               real=self.teacher.sample(n, self.generator),
+                               before=self.normal(self.moves % self.cfg.nfe, n))
 
     def sigmas(self, n):
         """Log-uniform noise levels (n, 1), rising: one in each of n equal steps of ln sigma."""
@@ -273,15 +293,16 @@ class Distiller:
         """log q_sigma / p_sigma at x_t, (N, 1), of a student G: the truth."""
         return (log_q(G, x_t, sigma, cells) - self.teacher.log_p(x_t, sigma))[:, None]
 
-    def averaged(self, z):
+    def averaged(self, u):
         """The student that is measured: G with averaged weights."""
         names = [name for name, _ in self.G.named_parameters()]
-        return torch.func.functional_call(self.G, dict(zip(names, self.ema)), (z,))
+        return torch.func.functional_call(self.G, dict(zip(names, self.ema)), (u,))
 
     @torch.no_grad()
     def samples(self, n):
         """The averaged student's, (n, 2)."""
-        return self.averaged(self.normal(n))
+        z, before = self.normal(n), self.normal(self.cfg.nfe - 1, n)
+        return self.averaged(self.start(z, before, self.averaged))
 
     def reward_slope(self, x_t, b):
         """w(t) h''(r*) grad r*, (n, 2), in units of the weights' batch mean.  Eq. (35)"""
@@ -310,14 +331,16 @@ def compare_ratios(d, level, n):
 def measure(d):
     """The result's numbers. The divergences are those of p and q at sigma = the modes' width; the
     classifier's error in log r, root-mean-square by noise level, has the ruler's own beside it."""
-    result = mode_statistics(d.samples(10000), d.target)
+    result = mode_statistics(d.samples(10000), d.target) | dict(
+        kl_pq=None, kl_qp=None, log_r_by_sigma={}, ruler_by_sigma={}, log_r_error=None)
+    if d.cfg.nfe > 1:                       # the ruler knows the density of G(z) alone
+        return result
     sigma = torch.full((1000, 1), d.target.std, device=d.cfg.device)
     for key, x, sign in (("kl_pq", d.target.sample(1000, d.generator), 1),
                          ("kl_qp", d.samples(1000), -1)):
         x_t = x + sigma * d.normal(1000)
         gap = d.target.log_p(x_t, sigma) - log_q(d.averaged, x_t, sigma)
         result[key] = float(sign * gap.mean())
-    result |= dict(log_r_by_sigma={}, ruler_by_sigma={}, log_r_error=None)
     for level in np.geomspace(d.cfg.sigma_min, d.cfg.sigma_max, 8):
         exact, learned, off = compare_ratios(d, level, 500)
         result["ruler_by_sigma"][f"{level:.3g}"] = rms(off)
@@ -328,32 +351,16 @@ def measure(d):
     return result
 
 
-FRAME_SIGMAS = (0.05, 0.3, 1.5)
-
-
-@torch.no_grad()
-def snapshot(d, z, noise):
-    """The students of z, float16 (n, 2), and their log r as training would see it at
-    FRAME_SIGMAS, (3, n)."""
-    log_r = []
-    for level in FRAME_SIGMAS:
-        sigma = torch.full((len(z), 1), level, device=z.device)
-        x_t = d.G(z) + sigma * noise
-        exact = d.cfg.ratio == "exact"
-        log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if exact else -d.fake.encode(x_t, sigma))
-    return d.averaged(z).half().cpu().numpy(), torch.cat(log_r, 1).T.half().cpu().numpy()
-
-
 def distil(cfg, frames=24, points=200, bar=True):
     """Run cfg.steps of Algorithm 1 -> the Distiller, its result, the log r seen in training, and
     `frames` snapshots of `points` samples, as a dictionary of arrays: step, x and log_r.
     Raises FloatingPointError, naming step and noise level, for what is no longer finite."""
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    steps = np.ceil(np.geomspace(cfg.steps / 1000, cfg.steps, frames).round(6)).astype(int)
+    steps = np.ceil(np.geomspace(max(1, cfg.steps / 1000), cfg.steps, frames).round(6)).astype(int)
     shots = dict(step=np.unique(steps), x=[], log_r=[])
     g = torch.Generator(cfg.device).manual_seed(cfg.seed)       # the same points in every frame
-    z, noise = torch.randn(2, points, 2, generator=g, device=cfg.device)
+    z, noise, *before = torch.randn(cfg.nfe + 1, points, 2, generator=g, device=cfg.device)
     progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
     for i in progress:
         d.step()
@@ -365,34 +372,13 @@ def distil(cfg, frames=24, points=200, bar=True):
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
         if i in shots["step"]:
-            x, log_r = snapshot(d, z, noise)
+            x, log_r = snapshot(d, z, before, noise)
             shots["x"].append(x)
             shots["log_r"].append(log_r)
     result = dict(h=cfg.h, lam=cfg.lam, seed=cfg.seed) | measure(d)
     result |= dict(ess=float(np.mean([r["ess"] for r in history])), seconds=time.time() - start,
                    config=asdict(cfg), history=history)
     return d, result, torch.cat(seen), {k: np.array(v) for k, v in shots.items()}
-
-
-# ---------------------------------------------------------------------------------------- output
-
-def name_of(h, lam):
-    return f"SBA {lam:g}" if h == "sba" else h.upper()
-
-
-def write(folder, d, result, seen, frames):
-    """picture.png, samples.npy (3000, 2), frames.npz and, last, result.json."""
-    scatter = {s: [v.cpu() for v in compare_ratios(d, s, 700)[:2]] for s in FRAME_SIGMAS
-               if d.needs_classifier()}
-    plane_run(name_of(d.cfg.h, d.cfg.lam), d.samples(4000).cpu(), d.target.to("cpu"), result, seen,
-              lambda log_r: d.h.weight(log_r.clamp(-d.cfg.clip, d.cfg.clip)), scatter,
-              folder / "picture.png")
-    with atomic(folder / "samples.npy") as tmp:
-        np.save(tmp, d.samples(3000).cpu().numpy().astype(np.float16))
-    with atomic(folder / "frames.npz") as tmp:
-        np.savez_compressed(tmp, **frames)
-    with atomic(folder / "result.json") as tmp:
-        tmp.write_text(json.dumps(result, allow_nan=False) + "\n")
 
 
 def main(argv):
@@ -406,14 +392,10 @@ def main(argv):
     torch.set_flush_denormal(True)
     with claim(out or path(f"runs/toy2d_{name}")) as folder:    # fails now, not after the training
         d, result, seen, frames = distil(cfg)
-        write(folder, d, result, seen, frames)
-    errors = ", ".join(f"{e:.2f} at {level}" for level, e in result["log_r_by_sigma"].items())
-    if errors:
-        print(f"the classifier's error in log r, root-mean-square, by sigma: {errors}")
-    print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
-          f"on a mode {result['on_mode']:.3f}, KL(p|q) {result['kl_pq']:.3f}, "
-          f"KL(q|p) {result['kl_qp']:.3f}, {result['seconds']:.0f} s")
-    print(f"{folder}/picture.png: red where samples are, blue where they should be")
+        scatter = {s: [v.cpu() for v in compare_ratios(d, s, 700)[:2]] for s in FRAME_SIGMAS
+                   if d.needs_classifier() and cfg.nfe == 1}
+        write(folder, d, result, seen, frames, scatter)
+    tell(result, folder)
 
 
 if __name__ == "__main__":

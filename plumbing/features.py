@@ -3,18 +3,27 @@
 Both take float images [0, 255] (N, 3, size, size) and return features (N, width) and logits.
 """
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from plumbing.files import reading
-from plumbing.options import count
+from plumbing.download import download
+from plumbing.files import claim, reading, save_atomic
+from plumbing.options import Parser, count, path, text, torch_device, torch_seed
+from plumbing.run import tune_cpu
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+CLASSIFIER = PRETRAINED / "compact_classifier.pt"
+REFERENCE = PRETRAINED / "compact_classifier_cifar10.npz"            # its training set, measured
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth",
+             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
 
 class ConvBN(nn.Module):
@@ -219,6 +228,35 @@ def random_crops(images, index):
     return crops.permute(0, 3, 1, 2).float()
 
 
+# ---------------------------------------------------------------------------- to a network's size
+
+def resize_matrix(size, target, how):
+    """The resize of one axis as a matrix (target, size): both resizes are linear and separable.
+
+    clean: Pillow's bicubic (with its low-pass when shrinking), read off from Pillow itself;
+    tf: TensorFlow 1's bilinear, whose source coordinate is i * size / target, no half pixel.
+    """
+    if how == "clean":
+        eye = Image.fromarray(np.eye(size, dtype=np.float32))
+        return torch.from_numpy(np.array(eye.resize((size, target), Image.Resampling.BICUBIC)))
+    at = torch.arange(target) * (size / target)
+    low = at.floor().long()
+    A, rows = torch.zeros(target, size), torch.arange(target)
+    A[rows, low] = 1 - (at - low)
+    A[rows, (low + 1).clamp(max=size - 1)] += at - low
+    return A
+
+
+def resize(images, target, how="clean"):
+    """float [0, 255] (N, 3, H, W) -> (N, 3, target, target), clipped, not rounded."""
+    height, width = images.shape[2:]
+    if (height, width) == (target, target):
+        return images
+    rows = resize_matrix(height, target, how).to(images.device)
+    columns = resize_matrix(width, target, how).to(images.device)
+    return (rows @ (images @ columns.T)).clamp(0, 255)      # columns first, as Pillow does
+
+
 # -------------------------------------------------------------------------------------- both
 
 NETS = {"compact": Classifier, "inception": Inception}
@@ -240,34 +278,38 @@ def read_net(kind, path):
     return fuse(net)
 
 
-def read_measured(path):
-    """-> what fid.py's measurements of a set need, of what an .npz holds: features (n, d), float32;
-    mu (d,) and sigma (d, d), float64; n and score, a pair. {} if it is no .npz, or has neither
-    features nor mu. Nothing is unpickled. Raises ValueError for what these can't be."""
-    if Path(path).suffix != ".npz" or not zipfile.is_zipfile(path):
-        return {}
-    with np.load(path, allow_pickle=False) as stored:
-        if "mu" not in stored and "features" not in stored:
-            return {}
-        if max(member.file_size for member in stored.zip.infolist()) > 2 ** 30:
-            raise ValueError("a member expands beyond 1 GiB")
-        known = {name: stored[name] for name in ("features", "mu", "sigma", "n", "score")
-                 if name in stored}
-    for name, array in known.items():
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise ValueError(f"{name} is not finite, or of no numbers")
-        known[name] = torch.from_numpy(array.astype(np.float32 if name == "features" else float))
-    shapes = {name: tuple(array.shape) for name, array in known.items()}
-    d = shapes["features" if "features" in shapes else "mu"][-1:]
-    expected = {"mu": d, "sigma": d + d, "n": (), "score": (2,),
-                "features": shapes.get("features", ())[:1] + d}
-    lacks = ("mu" in known) != ("sigma" in known)
-    if lacks or not d or any(shapes[name] != expected[name] for name in known):
-        raise ValueError(f"it has the shapes {shapes}")
-    if "sigma" in known and not torch.allclose(known["sigma"], known["sigma"].T):
-        raise ValueError("sigma is not symmetric")
-    if "n" in known:
-        known["n"] = count(known["n"])
-    if "score" in known:
-        known["score"] = tuple(known["score"].tolist())
-    return known
+def load_net(features="compact"):
+    """-> the network behind a distance, in eval mode: "compact", from pretrained/, or "inception",
+    downloaded once and checked. Raises ValueError or OSError, naming the file."""
+    return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))
+
+
+def train(argv, device, load_images, measure_into):
+    """The command `fid.py train`: train Classifier and measure its training set. Both files have
+    the names that they have in pretrained/: copy them there to use them.
+
+    load_images: data's. measure_into(file, images, net): writes what fid.py has for a set.
+    """
+    parser = Parser(prog="fid.py train", description="Train FD-compact's classifier.")
+    parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
+    parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
+    parser.add("epochs", count, 12, "times that it sees each image")
+    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
+    parser.add("device", torch_device, device, "what computes")
+    args = parser.parse_args(argv)
+    tune_cpu()
+    images, labels = load_images(args.data, "train")
+    test_images, test_labels = load_images(args.data, "test")
+    if labels is None or test_labels is None:
+        raise ValueError(f"--data {args.data}: images without labels")
+    with claim(args.out):
+        weights = args.out / CLASSIFIER.name
+        save_atomic(train_classifier(images, labels, args.epochs, seed=args.seed,
+                                     device=args.device), weights)
+        net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
+        measure_into(args.out / REFERENCE.name, images, net)
+        right = 0
+        for x, target in zip(test_images.split(64), test_labels.split(64)):
+            logits = net(resize(x.to(args.device).float(), net.size))[1]
+            right += (logits.argmax(1).cpu() == target).sum().item()
+        print(f"{right / len(test_images):.4f} of the test images right: {weights}")

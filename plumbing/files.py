@@ -129,7 +129,7 @@ def reading(path, what):
         lines = words.replace(str(path) + ": ", "").splitlines() or [repr(e)]
         reason = f"refused to load {banned[1]}" if banned else lines[0]
         reason = re.sub(r"^\[enforce fail at \S+\][ .]*", "", reason)      # torch's line of C++
-        if "weights_only" in reason:                    # torch's advice is to run what the file says
+        if "weights_only" in reason:                # torch's advice is to run what the file says
             reason = "it holds more than tensors and plain values"
         again = "; delete it to download it again" if cache() in Path(path).parents else ""
         raise ValueError(f"{path}: not {what}: {reason}{again}") from e

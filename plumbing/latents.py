@@ -1,6 +1,8 @@
-"""Stable Diffusion's parts, read from disk: texts to states, images to latents and back."""
+"""Stable Diffusion's parts, read from disk: texts to states, images to latents and back; and what
+a student's latents look like."""
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +10,19 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from plumbing.files import reading, save_atomic
+from plumbing.files import atomic, reading, save_atomic
+from plumbing.imagesets import SUFFIXES
 
 try:
     import diffusers
+    import peft                     # noqa: F401: sd_distill.py's
     import transformers
     from huggingface_hub.constants import HF_HUB_CACHE
+    from safetensors import torch as safetensors
     MISSING = None
 except ImportError as e:            # only sd_distill.py needs them
     MISSING = e
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -158,3 +162,26 @@ def load_inputs(cfg, pipe, draw, file):
         if inputs["of"] != of:
             raise ValueError("it was made of other prompts, images or settings")
     return inputs
+
+
+def neighbours(x):
+    """The correlation of neighbours in latents (n, 4, h, w): about 0 for noise."""
+    x = x - x.mean((2, 3), keepdim=True)
+    return ((x[..., 1:] * x[..., :-1]).mean() / x.square().mean()).item()
+
+
+def check_collapse(seen, variance, own, teachers):
+    """Raises FloatingPointError where the student draws noise, as SiD-LSG's users saw it do without
+    a word. variance: of its latents, over the teacher's. own, teachers: neighbours() of both."""
+    if variance > 4 or teachers > 0.2 and own < 0.2 * teachers:
+        raise FloatingPointError(
+            f"after {seen} images the student collapsed to noise: its latents have {variance:.2g} "
+            f"times the teacher's variance, and their neighbours correlate by {own:.2g}, the "
+            f"teacher's by {teachers:.2g}; begin anew with lower --lr-g and longer --wait-kimg")
+
+
+def save_student(net, cfg, file):
+    """The weights, an adapter's as diffusers' load_lora_weights takes them, with the options."""
+    tensors = {k.replace(".default", ""): v.contiguous() for k, v in net.state_dict().items()}
+    with atomic(file) as tmp:
+        tmp.write_bytes(safetensors.save(tensors, {"config": json.dumps(asdict(cfg))}))

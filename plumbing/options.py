@@ -78,6 +78,15 @@ def path(value):
     return Path(value)
 
 
+def ending(*suffixes):
+    """The reader of a file's path that ends in one of these: the suffix says the format."""
+    def read(value):
+        if path(value).suffix not in suffixes:
+            raise OptionError(f"must end in {' or '.join(suffixes)}, not {str(value)!r}")
+        return Path(value)
+    return read
+
+
 def text(value):
     """A name that is not empty."""
     path(value)                                 # refuses what it refuses

@@ -5,6 +5,7 @@ A row is a setting that was run with several seeds; rows are dictionaries, name 
 import math
 
 import numpy as np
+import torch
 
 from plumbing.files import atomic
 from plumbing.plots import plane, pyplot
@@ -66,6 +67,26 @@ def panels(students, columns):
     for ax, (title, x, target) in zip(axes, students):
         plane(ax, x, target)
         ax.set_title(title, fontsize=17)
+    return fig
+
+
+def strip(weights, students):
+    """What h does, in one row: the weight against log r, then the samples that it led to. weights:
+    row -> its log weight, a function of log r; students: (title, x (N, 2), the target), a row's
+    each."""
+    fig, (axes,) = pyplot().subplots(1, 1 + len(students), figsize=(12, 4.1), squeeze=False,
+                                     width_ratios=[1.25] + [1] * len(students),
+                                     layout="constrained")
+    log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
+    axes[0].axvspan(0, 2, color="#f4e9e4")
+    axes[0].text(1, 0.012, "q > p:\ntoo many\nsamples here", ha="center", va="center", fontsize=14)
+    for row, log_weight in weights.items():
+        axes[0].plot(log_r, log_weight(log_r).exp(), color=COLOUR[row], lw=4, label=label(row))
+    axes[0].set(yscale="log", ylim=(3e-3, 3e3), xlabel="log r = log q/p", title="weight h''(r) r")
+    axes[0].legend(loc="upper left", fontsize=14)
+    for (title, x, target), row, ax in zip(students, weights, axes[1:]):
+        plane(ax, x, target)
+        ax.set_title(title, fontsize=17, color=COLOUR[row])
     return fig
 
 

@@ -12,8 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 
-_main = getattr(sys.modules["__main__"], "__file__", None) or "?"
-if (Path(_main).resolve().parent == Path(__file__).resolve().parents[1]
+_script = getattr(sys.modules["__main__"], "__file__", None)     # None in an interactive session
+if (_script and Path(_script).resolve().parent == Path(__file__).resolve().parents[1]
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     # until run_main Ctrl-C ends a script at once: half loaded, numpy makes its own error of it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -190,7 +190,17 @@ def processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
     yield
-    dist.destroy_process_group()            # after an error run_main does, which asks if it is there
+    dist.destroy_process_group()        # after an error run_main does, which asks if it is there
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The others enter when process 0 has left, since it may download."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
 
 
 def gather(values):

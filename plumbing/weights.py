@@ -127,7 +127,8 @@ def read_config(path):
     if not zipfile.is_zipfile(path):
         return {}
     with reading(path, "a checkpoint"):
-        config = _load(path).get("config", {})
+        config = _load(path).get("config")
+        check_options(config)
     return config if isinstance(config, dict) else {}
 
 
@@ -138,7 +139,15 @@ def read_checkpoint(path, what):
         state = _load(path)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise ValueError("it holds no run")
+        check_options(state["config"])
     return state
+
+
+def check_options(config):
+    """Raises ValueError for an option that is not called by a text."""
+    for name in config if isinstance(config, dict) else ():
+        if not isinstance(name, str):
+            raise ValueError(f"the name of an option is {name!r}")
 
 
 # ------------------------------------------------------------------ is it what was saved?

@@ -32,8 +32,8 @@ import cifar_distill
 import crafted
 import edm
 from crafted import IMAGES
-from disturbed import (EARLY, disks, downloads, early, impatient, killed, kills, processes,
-                       two_runs)
+from disturbed import (EARLY, disks, downloads, early, impatient, interrupted, killed, kills,
+                       processes, two_runs)
 from plumbing.plots import pyplot
 
 # --------------------------------------------------------------------------------- command lines
@@ -254,6 +254,10 @@ STATES = [      # item, script, name, what is changed, pattern of the line, what
      "level", "status 0, with other weights"),
     ("12", "cifar_distill", "weights that are NaN", lambda s: next(iter(s["G"].values())).fill_(
         torch.nan), "finite", "after 32 images: log_r is nan at sigma = 0.0936"),
+    ("11", "cifar_distill", "an integer key in its config", lambda s: s["config"].update({7: 1}),
+     "the name of an option is 7", "status 0"),
+    ("11", "edm", "an integer key in its config", lambda s: s["config"].update({7: 1}),
+     "the name of an option is 7", "status 0"),
     ("13", "cifar_distill", "no G", lambda s: s.pop("G"), "lacks G",
      "not a checkpoint of cifar_distill.py: 'G'"),
 ]
@@ -275,6 +279,8 @@ OPTIONS = [     # item, script, arguments, pattern of the line, what it was befo
     ("11", "toy2d", tiny("toy2d", "--width", 10 ** 12), "width", ALLOCATE),
     ("11", "toy2d", tiny("toy2d", "--batch", 10 ** 12), "batch", ALLOCATE),
     ("11", "toy2d", tiny("toy2d", "--width", 10 ** 6), "memory.*bytes", ALLOCATE),
+    ("11", "cifar_distill", ["sample", "cifar_distill/student.pt", "-n", 2 * 10 ** 9],
+     "memory.*bytes", "hangs"),
     ("11", "edm", ["sample", "items/sparse.pt"], "another kind", "the tensor is taken for weights"),
     ("11", "edm", ["sample", "items/integer.pt"], "name of a tensor",
      TYPE + "'<' not supported between instances of 'int' and 'str'"),
@@ -282,6 +288,10 @@ OPTIONS = [     # item, script, arguments, pattern of the line, what it was befo
     ("12", "edm", tiny("edm", *NEW, "--warmup-kimg", "-1"), "warmup", "status 0"),
     ("12", "edm", tiny("edm", *NEW, "--ema-kimg", "nan"), "ema-kimg", "status 0"),
     ("12", "edm", tiny("edm", *NEW, "--p-std", "-1"), "p-std", "status 0"),
+    ("12", "cifar_distill", ["sample", "cifar_distill/student.pt", "--out", "a.evil"],
+     "--out: must end in", "status 0, a PNG in a.evil"),
+    ("12", "edm", ["sample", "edm/teacher.pt", "-n", 10 ** 6, "--out", "a.evil"],
+     "--out: must end in", "status 0 after hours, a PNG in a.evil"),
     ("13", "edm", tiny("edm", *NEW, "--seed", 10 ** 30), "seed",
      "Overflow when unpacking long long"),
     ("13", "toy2d", tiny("toy2d", "--seed", 2 ** 64), "seed", "Overflow when unpacking long long"),
@@ -349,6 +359,8 @@ def items(attack):
                    "compact-cond", *NEW], must="labels", item="7", before=LABELS[name])
     yield Case("kill", "a second Ctrl-C in a long evaluation", item="8", before="goes on",
                play=impatient)
+    yield Case("named", "Ctrl-C in bench.py", item="8", before="goes on, or a traceback",
+               play=interrupted)
     yield Case("named", "log.csv lost its rows", item="9", before="the row is lost", play=lost_rows)
     yield Case("named", "a covariance with a negative eigenvalue", "fid", ["good.npz", negative(
         folder)], must="eigenvalue", item="12", before="FD-compact -91")

@@ -126,6 +126,20 @@ def early(case, attack, script, argv):
     return "", f"status {status}"
 
 
+def interrupted(case, attack):
+    """Ctrl-C at five moments of a bench.py that is loaded: it ends without a word."""
+    rng, ended = random.Random(f"{attack.seed} {case.name}"), []
+    for _ in range(5):
+        child = attack.child("bench", tiny("bench"))
+        time.sleep(rng.uniform(0, 1.5))
+        child.kill(signal.SIGINT)
+        ran = child.wait(20)
+        ended.append(ran.status)
+        if ran.status not in (0, 130) or ran.lines():
+            return f"status {ran.status}: {ran.lines()[-1:]}", ""
+    return "", f"status {ended}"
+
+
 def impatient(case, attack):
     """A second Ctrl-C ends an evaluation of hours at once."""
     out = attack.fresh("impatient") / "run"

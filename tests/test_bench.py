@@ -12,7 +12,7 @@ NETS = {"tiny": TINY, "tiny-cond": TINY | dict(label_dim=10)}
 
 def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(bench, "tune_cpu", lambda: None)
-    monkeypatch.setattr(bench, "matmul_peak", lambda where, dtype: 1.0)     # takes seconds
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1.0)     # takes seconds
     for name, kwargs in NETS.items():
         monkeypatch.setitem(CONFIGS, name, kwargs)
     assert bench.main(["--net", "tiny", "tiny-cond", "--batch", "2", "--amp", "no", "bf16",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import bregman
 import cifar_distill
 import edm
 import fid
-from cifar_distill import Config, Distiller, beside, shipped
+from cifar_distill import Config, Distiller
 from data import load_images, save_images
 from edm import Guided, load_teacher, sample
 from ncsnpp import CONFIGS, EDMPrecond
+from plumbing import judge, teachers
 from plumbing.files import claim
 from plumbing.loop import Loop
+from plumbing.teachers import beside, build, shipped
 from test_edm import equal, official
 from test_ncsnpp import fill
 
@@ -115,6 +118,26 @@ def test_update_is_eq_4(h, lam, w_t):
     weights = np.array(weights) / np.mean(weights)
     assert_gradients(d.G, [sum(w * t for w, t in zip(weights, each)) / (8 * 192)
                            for each in zip(*terms)], rtol=2e-4)      # a score divides by sigma^2
+
+
+def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
+    """--nfe 3: of the third step the gradient by hand, through the third evaluation alone."""
+    d = distiller(nfe=3)
+    assert d.steps == pytest.approx([2.5, 2.5 * 4 / 9, 2.5 / 9])
+    for turn in range(4):
+        b, G, fake = before_step(d)
+        assert b.before.shape == (8, turn % 3, 3, 8, 8)
+        with counted(d) as count:
+            d.step()
+        assert count["G encoder forward"] == 1 + turn % 3 and count["G encoder backward"] == 1
+        if turn == 2:
+            x = G(2.5 * b.before[:, 0], 2.5)
+            x = G(x + d.steps[1] * b.before[:, 1], d.steps[1]).detach()
+            x = G(x + d.steps[2] * b.z, d.steps[2])
+            x_t = x + b.sigma * b.noise
+            gap = fake(x_t, b.sigma) - d.teacher(x_t, b.sigma)
+            gap = gap * (b.sigma ** 2 + 0.25).sqrt() / (0.5 * b.sigma)
+            assert_gradients(d.G, slope_in_weights(G, x, gap.detach() / (8 * 192)), rtol=1e-4)
 
 
 def test_adversarial_update_is_the_gradient_of_minus_log_D():
@@ -490,18 +513,19 @@ def files(tmp_path_factory):
     save_images(images, folder / "classes.npz", torch.arange(24) % 5)
     for name in NETS:
         torch.save(teacher(name).state_dict(), folder / f"{name}.pt")
-    net = fid.load_net()
-    fid.save(fid.Measured(*fid.stats(fid.extract(images, net)[0])), folder / "statistics.npz")
+    measured = fid.measure(images, fid.load_net())
+    fid.save(measured, folder / "tiny_compact.npz")
+    fid.save(fid.Measured(measured.mu, measured.sigma), folder / "statistics.npz")
     return folder
 
 
 @pytest.fixture
 def here(files, monkeypatch):
     """In that folder, with the tiny networks known, and pictures left out."""
-    monkeypatch.setattr(edm, "CONFIGS", NETS)
+    monkeypatch.setattr(teachers, "CONFIGS", NETS)
     monkeypatch.setattr(cifar_distill, "tune_cpu", lambda: None)    # it would stay for other tests
-    monkeypatch.setattr(cifar_distill, "curve", lambda *a: None)
-    monkeypatch.setattr(cifar_distill, "side_by_side", lambda *a: None)
+    monkeypatch.setattr(judge, "curve", lambda *a: None)
+    monkeypatch.setattr(judge, "side_by_side", lambda *a: None)
     monkeypatch.chdir(files)
     return files
 
@@ -543,7 +567,7 @@ def test_a_run_from_start_to_end(here, monkeypatch, capsys):
     """With pictures, by the command line, and what it writes."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(edm, "CONFIGS", NETS)
+    monkeypatch.setattr(teachers, "CONFIGS", NETS)
     monkeypatch.setattr(cifar_distill, "tune_cpu", lambda: None)
     assert start("end", eval_n=9, preview=4) == 0
     out = capsys.readouterr().out
@@ -559,8 +583,8 @@ def test_a_run_from_start_to_end(here, monkeypatch, capsys):
     assert float(rows[-1]["images"]) == 9 and 0 < float(rows[-1]["ess"]) <= 1
     for picture in ("samples.png", "curve.png", "grid_000000000.png", "grid_000000012.png"):
         assert min(Image.open(here / "end" / picture).size) > 90
-    net = edm.build(saved("end")["ema"])
-    wanted = sample(net, 5, sigmas=(2.5, 0.0), seed=3)
+    net = build(saved("end")["ema"])
+    wanted = sample(net, 5, levels=[2.5], seed=3)
     for name in ("student.pt", "checkpoint.pt"):
         assert cifar_distill.main(["sample", f"end/{name}", "-n", "5", "--seed", "3", "--out",
                                    "five.npz", "--device", "cpu"]) is None
@@ -572,7 +596,7 @@ def test_a_run_from_start_to_end(here, monkeypatch, capsys):
 
 def test_the_distances_are_those_of_fid(whole):
     """The last row, by fid.py on the student's samples."""
-    images = sample(load_teacher(whole / "student.pt"), 8, sigmas=(2.5, 0.0))
+    images = sample(load_teacher(whole / "student.pt"), 8, levels=[2.5])
     net = fid.load_net()
     row, bank = saved(whole)["rows"][-1], fid.measure(load_images("tiny_samples.zip")[0], net)
     a = fid.measure(images, net)
@@ -581,7 +605,7 @@ def test_the_distances_are_those_of_fid(whole):
     close(row["to_data"], fid.frechet(a.mu, a.sigma, reference.mu, reference.sigma), rtol=1e-4,
           atol=1e-6)
     own = json.loads((whole / "result.json").read_text())["teacher"]
-    halves = bank.features[:12], bank.features[12:]
+    halves = fid.load("tiny_compact.npz").features.split(12)
     close(own["to_teacher"], fid.frechet(*fid.stats(halves[0]), *fid.stats(halves[1])), rtol=1e-4,
           atol=1e-6)
 
@@ -717,7 +741,7 @@ def test_paper_preset_on_an_official_file(here, tmp_path, monkeypatch, capsys):
     image uses, stays as it is."""
     net = teacher()
     (tmp_path / "edm.pkl").write_bytes(official(net))
-    monkeypatch.setattr(edm, "download", lambda url, sha256: tmp_path / "edm.pkl")
+    monkeypatch.setattr(teachers, "download", lambda url, sha256: tmp_path / "edm.pkl")
     out = tmp_path / "run"
     assert cifar_distill.main([
         "--preset", "paper", "--batch", "2", "--kimg", "0.004", "--wait-kimg", "0.002",
@@ -736,11 +760,11 @@ import torch
 sys.path[:0] = sys.argv[1:3]
 from test_cifar_distill import IMAGES, LABELS, NETS, distiller, gradients, teacher
 import cifar_distill
-import edm
+from plumbing import judge, teachers
 from plumbing.run import rank
 torch.set_num_threads(1)
-edm.CONFIGS = NETS
-cifar_distill.curve = cifar_distill.side_by_side = lambda *a: None
+teachers.CONFIGS = NETS
+judge.curve = judge.side_by_side = lambda *a: None
 load_all = cifar_distill.load_all
 
 def steps_first(cfg):
@@ -798,14 +822,31 @@ def test_the_users_own_path_goes_first(tmp_path, monkeypatch):
     """pretrained/... is the user's file where there is one, else the one that comes with the
     project; samples lie beside the weights that are taken."""
     name = "pretrained/compact_teacher.pt"
-    own = "pretrained/compact_teacher_samples.zip"
+    own, ending = "pretrained/compact_teacher_samples.zip", "_samples.zip"
     monkeypatch.chdir(tmp_path)
     assert shipped(name) == str(HERE / name) and shipped("none.pt") == "none.pt"
-    assert beside(name, "own") == str(HERE / own) == beside("other.pt", own)
+    assert beside(name, "own", ending) == str(HERE / own) == beside("other.pt", own, ending)
     (tmp_path / "pretrained").mkdir()
     (tmp_path / name).touch()
-    assert shipped(name) == name and beside(name, "own") == own
-    assert beside(name, "mine.zip") == "mine.zip"
+    assert shipped(name) == name and beside(name, "mine.zip", ending) == "mine.zip"
+    assert beside(name, "own", ending) == beside(name, "none", ending) == ""
+    with pytest.raises(FileNotFoundError, match=f"no {own}: draw it by edm.py sample {name} -n"):
+        beside(name, "own", ending, needed=True)
+    (tmp_path / own).touch()
+    assert beside(name, "own", ending) == own
+
+
+def test_younger_weights_beside_the_teachers_guide_it(here):
+    """What lies beside TEACHER.pt is found by its name, and "none" leaves it."""
+    for name in ("led.pt", "led_young.pt"):
+        torch.save(EDMPrecond(**TINY).state_dict(), name)
+    shutil.copy("tiny_samples.zip", "led_samples.zip")
+    guided, images, _ = cifar_distill.load_all(Config(teacher="led.pt", w=1.5, guide_high=9.0))
+    assert isinstance(guided, Guided) and (guided.w, guided.high) == (1.5, 9.0)
+    young = torch.load("led_young.pt", weights_only=True)
+    assert equal(dict(guided.weak.state_dict()), dict(young)) and len(images) == 24
+    plain, _, _ = cifar_distill.load_all(Config(teacher="led.pt", guide="none"))
+    assert isinstance(plain, EDMPrecond)
 
 
 def test_bad_options_are_one_line(here, whole, capsys):
@@ -828,6 +869,7 @@ def test_bad_options_are_one_line(here, whole, capsys):
     bad("--part level goes with --norm batch", part="level")
     bad("--t-min must be below --t-max", t_min=0.9)
     bad("--ess", ess=1.1)
+    bad("--nfe 17: at most 16", nfe=17)
     bad("--seed", seed=-1)
     bad("unrecognized arguments: --accumulate=2", accumulate=2)
     bad("no device", device="cuda:77")
@@ -838,7 +880,7 @@ def test_bad_options_are_one_line(here, whole, capsys):
     bad("small.npz: images of (3, 16, 16)", data="small.npz")
     bad("none.npz", data="none.npz")
     bad("none.npz", bank="none.npz")
-    bad("tiny-cond_samples.zip", teacher="tiny-cond.pt")
+    bad("no tiny-cond_samples.zip: draw it by edm.py sample", teacher="tiny-cond.pt")
     bad("tiny_samples.zip has no labels", teacher="tiny-cond.pt", data="tiny_samples.zip")
     bad("classes.npz: labels from 0 to 4", teacher="tiny-cond.pt", data="classes.npz")
     bad("class-conditional", guide="self")
@@ -857,7 +899,9 @@ def test_bad_students_are_one_line(here, whole, capsys):
         assert reason in error and len(error.splitlines()) == 1, error
     student = torch.load(whole / "student.pt", weights_only=True)
     torch.save(student | {"config": {"sigma_init": "far"}}, "broken.pt")
-    bad("broken.pt: not a student: sigma_init must be", "broken.pt")
+    bad("broken.pt: not a student: sigma_init or nfe must be", "broken.pt")
+    torch.save(student | {"config": {"sigma_init": 2.5, "nfe": 0}}, "broken.pt")
+    bad("broken.pt: not a student: sigma_init or nfe must be", "broken.pt")
     torch.save(student | {"ema": dict(list(student["ema"].items())[1:])}, "broken.pt")
     bad("broken.pt: no known configuration", "broken.pt")
     torch.save({"config": {"sigma_init": 2.5}}, "broken.pt")

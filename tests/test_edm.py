@@ -20,10 +20,11 @@ import torch
 
 import edm
 from data import load_images, save_images
-from edm import (Guided, TrainConfig, Trainer, edm_loss, grid, heun, karras, load_guided,
-                 load_teacher, sample)
+from edm import (Guided, TrainConfig, Trainer, edm_loss, few_steps, grid, heun, karras, load_guided,
+                 load_teacher, sample, student_levels)
 from ncsnpp import CONFIGS, EDMPrecond
-from plumbing.weights import check_form, check_optimizer
+from plumbing import teachers
+from plumbing.weights import check_form, check_optimizer, read_weights
 from test_ncsnpp import compact, fill
 
 HERE = Path(edm.__file__).parent
@@ -60,8 +61,19 @@ def test_heun_solves_the_ode_with_second_order():
 
 def test_a_one_step_student_is_heun_with_one_level():
     net, z = Gaussian(0.5), torch.randn(2, 3, 4, 4, generator=torch.manual_seed(0)).double()
-    close(heun(net, z, (2.5, 0.0)), net(2.5 * z, 2.5))
+    close(heun(net, z, (2.5, 0.0)), few_steps(net, [z], [2.5]))
     assert net.levels == [2.5, 2.5]                         # one evaluation each
+
+
+def test_a_student_of_k_steps_sees_its_own_output_under_fresh_noise():
+    """For data N(0, s^2) each evaluation scales what it sees, so the variances are known."""
+    levels, variance = student_levels(2.5, 4), 0.0
+    assert student_levels(2.5, 1) == [2.5] and levels == [2.5, 2.5 * 9 / 16, 2.5 / 4, 2.5 / 16]
+    z = torch.randn(4, 4000, 1, 1, 1, generator=torch.manual_seed(0), dtype=torch.float64)
+    for k, sigma in enumerate(levels):
+        variance = (0.25 / (0.25 + sigma ** 2)) ** 2 * (variance + sigma ** 2)
+        x = few_steps(Gaussian(0.5), z[:k + 1], levels)
+        close(x.var().item(), variance, rtol=0.08, atol=0)
 
 
 def test_karras_levels():
@@ -93,10 +105,10 @@ def test_sample_depends_on_the_seed_alone():
     net = compact()
     images = sample(net, 5, steps=3, seed=7)
     assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, sample(net, 5, sigmas=torch.tensor(grid(3)), seed=7))
     for batch in (1, 2):                                    # other batches round differently
-        other = sample(net, 5, steps=3, seed=7, batch=batch)
-        assert (images.int() - other.int()).abs().max() <= 1
+        for how in (dict(steps=3), dict(levels=[2.5, 0.6])):
+            whole, other = (sample(net, 5, seed=7, batch=n, **how) for n in (64, batch))
+            assert (whole.int() - other.int()).abs().max() <= 1
     assert not torch.equal(images, sample(net, 5, steps=3, seed=8))
 
 
@@ -475,15 +487,15 @@ def test_official_names_urls_and_checksums(tmp_path, monkeypatch):
         asked.append((url, sha256))
         return tmp_path / "a.pkl"
 
-    monkeypatch.setattr(edm, "download", download)
+    monkeypatch.setattr(teachers, "download", download)
     load_teacher(name)
     load_teacher(f"https://elsewhere.example/{name}.pkl")
     load_teacher("https://elsewhere.example/mine.pt")
     assert asked == [(f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{name}.pkl",
-                      edm.OFFICIAL[name]),
-                     (f"https://elsewhere.example/{name}.pkl", edm.OFFICIAL[name]),
+                      teachers.OFFICIAL[name]),
+                     (f"https://elsewhere.example/{name}.pkl", teachers.OFFICIAL[name]),
                      ("https://elsewhere.example/mine.pt", None)]
-    assert edm.OFFICIAL[name].startswith("4d5dcc1f")
+    assert teachers.OFFICIAL[name].startswith("4d5dcc1f")
 
 
 def test_own_checkpoints_bare_state_dicts_and_half_precision(tmp_path, teacher_run):
@@ -594,7 +606,7 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path):
 
 def test_a_tensor_within_its_storage_is_read(tmp_path):
     (tmp_path / "a.pkl").write_bytes(claiming(1, (3,), (1,)))
-    assert edm.read_weights(tmp_path / "a.pkl")["a"].tolist() == [1.0, 2.0, 3.0]
+    assert read_weights(tmp_path / "a.pkl")["a"].tolist() == [1.0, 2.0, 3.0]
 
 
 def test_truncated_files(tmp_path):

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 import experiments
-from experiments import CIFAR, GROUPS, PLANE, TOY, Group, Results, identity, runs_of
+from experiments import GROUPS, PLANE, TOY, Group
 from plumbing.jobs import run_all
+from plumbing.results import Results, identity, runs_of
 
 
 def the(group, row, seed=0):
     """The run of that name."""
-    run, = (r for r in runs_of([group]) if (r.row, r.seed) == (row, seed))
+    run, = (r for r in runs_of(GROUPS, [group]) if (r.row, r.seed) == (row, seed))
     return run
 
 
@@ -47,12 +48,12 @@ def test_every_run_is_what_its_options_say():
             if flag.startswith("--") and name != "preset":
                 said = True if value.startswith("--") else value
                 assert config[name] == (type(config[name])(said)), (run, flag)
-    assert runs_of(["paper"])[0].config()["kimg"] == 15_000
+    assert runs_of(GROUPS, ["paper"])[0].config()["kimg"] == 15_000
 
 
 def test_runs_of_one_group_differ():
     for name in GROUPS:
-        runs = [run for run in runs_of([name]) if run.options]
+        runs = [run for run in runs_of(GROUPS, [name]) if run.options]
         assert len({run.identity() for run in runs}) == len(runs), name
 
 
@@ -60,8 +61,8 @@ def test_two_names_of_a_row_are_one_run():
     """BE is SBA -1, KL SBA 0, LS SBA 1; LR is no SBA."""
     for row, other in (("be", "-1"), ("kl", "0"), ("ls", "1"), ("sba_3", "3")):
         assert the("every_h", row).identity() == the("plane_lam", f"learned_256_{other}").identity()
-    own = {run.row for run in runs_of(["every_h"], 1)
-           if run.identity() not in {r.identity() for r in runs_of(["plane_lam"])}}
+    others = {run.identity() for run in runs_of(GROUPS, ["plane_lam"])}
+    own = {run.row for run in runs_of(GROUPS, ["every_h"], 1) if run.identity() not in others}
     assert own == {"sba_-0.5", "lr", "sba_10"}
     assert the("every_h", "kl", 0).identity() != the("every_h", "kl", 1).identity()
 
@@ -70,7 +71,7 @@ def test_two_names_of_a_row_are_one_run():
 
 def test_a_result_serves_every_group(tmp_path):
     make(tmp_path, the("plane_lam", "learned_256_-1"), config=dict(device="cuda"), ess=0.5)
-    results = Results(tmp_path)
+    results = Results(tmp_path, GROUPS)
     assert results.of(the("every_h", "be")).result["ess"] == 0.5
     assert results.of(the("every_h", "be", 1)) is None
     assert not results.missing([the("plane_lam", "learned_256_-1"), the("every_h", "be")])
@@ -81,7 +82,7 @@ def test_a_result_serves_every_group(tmp_path):
 def test_a_result_of_other_options_is_none(tmp_path):
     run = the("every_h", "lr")
     folder = make(tmp_path, run, config=dict(steps=50))
-    assert list(Results(tmp_path).missing([run])) == [folder]
+    assert list(Results(tmp_path, GROUPS).missing([run])) == [folder]
 
 
 def test_an_option_younger_than_a_result_had_its_default():
@@ -93,10 +94,10 @@ def test_an_option_younger_than_a_result_had_its_default():
 
 def test_a_longer_run_on_images_holds_the_shorter(tmp_path):
     short, long = the("images_every_h", "kl"), the("images", "kl")
-    assert list(Results(tmp_path).missing([short, long])) == [tmp_path / long.folder]
+    assert list(Results(tmp_path, GROUPS).missing([short, long])) == [tmp_path / long.folder]
     make(tmp_path, long, [dict(kimg=k, to_teacher=v) for k, v in (
         (0, 9), (2.016, 5), (4, 4), (6.016, 3), (8, 2), (16, 1))])
-    results = Results(tmp_path)
+    results = Results(tmp_path, GROUPS)
     assert results.of(short).numbers()["to_teacher"] == 3
     assert results.of(long).numbers()["to_teacher"] == 1
     cut = results.of(long)
@@ -106,11 +107,12 @@ def test_a_longer_run_on_images_holds_the_shorter(tmp_path):
 def test_an_interrupted_run_goes_on(tmp_path):
     run = the("images", "sba_5", 2)
     (tmp_path / run.folder).mkdir(parents=True)
-    command = Results(tmp_path).missing([run])[tmp_path / run.folder]
-    assert command == [sys.executable, CIFAR, *"--h sba --lam 5 --kimg 16 --eval-every 2".split(),
-                       "--seed", "2", "--out", str(tmp_path / run.folder)]
+    command = Results(tmp_path, GROUPS).missing([run])[tmp_path / run.folder]
+    options = "--h sba --lam 5 --kimg 16 --eval-every 2 --seed 2"
+    assert command == [sys.executable, "cifar_distill.py", *options.split(),
+                       "--out", str(tmp_path / run.folder)]
     (tmp_path / run.folder / "checkpoint.pt").touch()
-    assert Results(tmp_path).missing([run])[tmp_path / run.folder] == [*command, "--resume"]
+    assert Results(tmp_path, GROUPS).missing([run])[tmp_path / run.folder] == [*command, "--resume"]
 
 
 def test_an_edit_of_the_code_is_made_by_hand(tmp_path):
@@ -119,7 +121,7 @@ def test_an_edit_of_the_code_is_made_by_hand(tmp_path):
     make(tmp_path, edit, ess=0.25)
     (tmp_path / edit.folder / "result.json").write_text(
         json.dumps(dict(config=the("every_h", "be").config(), ess=0.25)))
-    results = Results(tmp_path)
+    results = Results(tmp_path, GROUPS)
     assert results.of(edit).result["ess"] == 0.25 and results.of(the("every_h", "be")) is None
     assert not results.missing([the("exercises", "lecam")])
 
@@ -131,7 +133,7 @@ def test_a_broken_result_is_named(tmp_path, file, text):
     folder = make(tmp_path, the("images", "kl"), [dict(kimg=16)])
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match="images/kl_seed0"):
-        Results(tmp_path)
+        Results(tmp_path, GROUPS)
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -223,8 +225,8 @@ def test_plane_table(tmp_path):
         in_the_plane(tmp_path, the("plane_lam", "exact_256_5", seed), modes, None)
     in_the_plane(tmp_path, the("plane_lam", "learned_256_5"))
     in_the_plane(tmp_path, the("exercises", "lecam"))
-    tables = dict(experiments.tables(Results(tmp_path)))
-    assert set(tables) == {"plane_lam", "every_h", "plane_help", "exercises"}   # three with SBA 5
+    tables = dict(experiments.tables(Results(tmp_path, GROUPS)))
+    assert set(tables) == {"plane_lam", "page", "every_h", "plane_help", "exercises"}   # with SBA 5
     mean, std = statistics.mean((8, 5, 6)), statistics.stdev((8, 5, 6))
     assert tables["plane_lam"] == (
         "| options | seeds | modes | mode TV | on a mode | log r error | ESS |\n"
@@ -240,7 +242,7 @@ def test_images_table_compares_with_kl_of_the_same_seed(tmp_path):
         on_images(tmp_path, the("images", "kl", seed), 2 * kl)
         if seed:
             on_images(tmp_path, the("images_every_h", "sba_5", seed), 2 * kl + seed)
-    tables = dict(experiments.tables(Results(tmp_path)))
+    tables = dict(experiments.tables(Results(tmp_path, GROUPS)))
     mean, std = statistics.mean((5, 10)), statistics.stdev((5, 10))
     assert f"| `--h sba --lam 5` | 2 | {mean:.2f} ± {std:.2f} | 1.50 ± 0.71 | 1.00" in (
         tables["images_every_h"])
@@ -252,16 +254,18 @@ def test_images_table_compares_with_kl_of_the_same_seed(tmp_path):
 def test_without_the_teachers_samples_the_data_is_the_measure(tmp_path):
     for row, to_data in (("kl", 5), ("sba_5", 7)):
         make(tmp_path, the("paper", row), [dict(kimg=15_000, to_data=to_data)])
-    head, _, kl, sba = dict(experiments.tables(Results(tmp_path)))["paper"].splitlines()
+    head, _, kl, sba = dict(experiments.tables(Results(tmp_path, GROUPS)))["paper"].splitlines()
     assert head == "| options | seeds | less KL's, same seed | to the data |"
     assert sba == "| `--h sba --lam 5` | 1 | 2.00 | 7.00 |"
 
 
 def test_every_group_with_results_has_its_picture(tmp_path):
-    for run in (*runs_of(["plane_lam"], 2), *runs_of(["every_h"], 1), *runs_of(["exercises"])):
-        in_the_plane(tmp_path, run)
-    for run in (*runs_of(["images"], 2), *runs_of(["images_every_h"], 1)):
-        on_images(tmp_path, run, 1 + run.seed)
+    for name, most in (("plane_lam", 2), ("every_h", 1), ("exercises", 1)):
+        for run in runs_of(GROUPS, [name], most):
+            in_the_plane(tmp_path, run)
+    for name, most in (("images", 2), ("images_every_h", 1)):
+        for run in runs_of(GROUPS, [name], most):
+            on_images(tmp_path, run, 1 + run.seed)
     samples = tmp_path / the("images", "kl").folder / "samples.png"
     Image.new("RGB", (7, 5)).save(samples)
     figures = tmp_path / "figures"
@@ -270,7 +274,7 @@ def test_every_group_with_results_has_its_picture(tmp_path):
     assert sizes.pop("cifar_kl.png") == (7, 5)
     assert sizes.pop("toy2d.gif") == (540, 300)
     assert set(sizes) == {f"{name}.png" for name in (
-        "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h")}
+        "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h")}
     assert all(width >= 900 for width, _ in sizes.values())
 
 
@@ -281,17 +285,17 @@ def test_a_picture_of_few_results(tmp_path):
     make(tmp_path, the("exercises", "fine"), modes_covered=3)
     on_images(tmp_path, the("images_every_h", "lr"), 1)
     figures = tmp_path / "figures"
-    experiments.draw(Results(tmp_path), figures)
+    experiments.draw(Results(tmp_path, GROUPS), figures)
     assert {"plane_lam.png", "exercises.png", "images_every_h.png"} < set(os.listdir(figures))
     with pytest.raises(FileNotFoundError, match="--run every_h"):
-        experiments.draw_gif(Results(tmp_path), figures)
+        experiments.draw_gif(Results(tmp_path, GROUPS), figures)
 
 
 def test_lambda_picture_shows_means_and_spreads(tmp_path):
     for seed, modes in enumerate((8, 5, 6)):
         in_the_plane(tmp_path, the("plane_lam", "exact_256_5", seed), modes, None)
         in_the_plane(tmp_path, the("plane_lam", "level_-1", seed), modes)
-    axes = experiments.lambda_picture(Results(tmp_path).rows("plane_lam")).axes
+    axes = experiments.lambda_picture(Results(tmp_path, GROUPS).rows("plane_lam")).axes
     line, bar = axes[0].containers[0], axes[2].containers[-1]       # the only ones
     assert line.get_label() == "exact ratio, batch 256"
     assert line[0].get_ydata() == pytest.approx([19 / 3])

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import fid
+from plumbing import features
 from plumbing.features import Classifier, Inception, read_net, train_classifier
 from plumbing.run import run_main
 
@@ -91,11 +92,11 @@ def test_inception_outputs(inception):
 
 def test_inception_file_is_read_from_the_cache_and_checked(inception, tmp_path, monkeypatch):
     monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path))
-    path = tmp_path / fid.INCEPTION[0].rsplit("/", 1)[1]
+    path = tmp_path / features.INCEPTION[0].rsplit("/", 1)[1]
     torch.save({k: v for k, v in inception.state_dict().items() if k in FIXTURE["tensors"]}, path)
     with pytest.raises(ValueError, match="sha256"):
         fid.load_net("inception")
-    monkeypatch.setattr(fid, "INCEPTION", (fid.INCEPTION[0], None))
+    monkeypatch.setattr(features, "INCEPTION", (features.INCEPTION[0], None))
     is_the_fixtures(fid.load_net("inception"), "clean", "pil_bicubic")          # fused
 
 
@@ -476,9 +477,9 @@ def test_cli_trains_the_classifier_without_touching_what_is_shipped(tmp_path, ru
     assert code == 0, err
     assert "of the test images right" in out
     made = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")}
-    assert made == {"runs/classifier/" + p.name for p in (fid.CLASSIFIER, fid.REFERENCE)}
+    assert made == {"runs/classifier/" + p.name for p in (features.CLASSIFIER, fid.REFERENCE)}
     reference = fid.load(tmp_path / "runs/classifier" / fid.REFERENCE.name)
-    net = read_net("compact", tmp_path / "runs/classifier" / fid.CLASSIFIER.name)
+    net = read_net("compact", tmp_path / "runs/classifier" / features.CLASSIFIER.name)
     close(reference.mu, fid.measure(images, net).mu)
     monkeypatch.setattr(fid, "load_images", lambda source, split: (images, None))
     code, _, err = run("train", "--data", "x")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,8 @@ import torch
 
 from plumbing import options, run
 from plumbing.files import atomic, claim, reading, save_atomic
-from plumbing.options import (Parser, count, nonnegative, path, positive, real, same_options,
-                              share, text, torch_device, torch_seed, validate, whole)
+from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real,
+                              same_options, share, text, torch_device, torch_seed, validate, whole)
 from plumbing.run import Stop, check_finite, load_generator, run_main
 
 NAN, INF = "nan", "inf"
@@ -37,6 +38,8 @@ NAN, INF = "nan", "inf"
     (nonnegative, {"0": 0.0, "1e12": 1e12}, ("-1e-9", "1e13", NAN, INF)),
     (share, {"0": 0.0, "1": 1.0, "0.25": 0.25}, ("-0.01", "1.01", NAN)),
     (path, {"a/b": Path("a/b")}, ("", "a\0b")),
+    (ending(".npz", ".zip"), {"a/b.npz": Path("a/b.npz"), "c.zip": Path("c.zip")},
+     ("", "a", "a.png", ".npz", "a.npz/b")),
     (text, {"a/b": "a/b"}, ("", "a\0b")),
     (torch_device, {"cpu": "cpu"}, ("cuda:99", "gpu", "", "meta"))],
     ids=lambda v: getattr(v, "__name__", ""))
@@ -395,6 +398,20 @@ def test_a_bug_keeps_its_traceback_and_a_result_its_status(script, monkeypatch):
             run_main(raising(bug))
     assert script(lambda argv: None) == ("", None) and script(lambda argv: 130) == ("", 130)
     assert script(lambda argv: sys.exit(argv == ["--a", "b"]))[1] is True
+
+
+@pytest.mark.parametrize("how, quiet", [(["x.py"], True), (["elsewhere/x.py"], False),
+                                        (["-c", "exec(open('x.py').read())"], False)])
+def test_only_a_script_of_the_project_ends_at_once_while_it_loads(how, quiet, tmp_path):
+    """Not whoever imports it: Ctrl-C would end an interactive session."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(Path(run.__file__).parent, tmp_path / "plumbing")
+    code = "import signal, plumbing.run; print(signal.getsignal(2) == signal.SIG_DFL)"
+    for script in ("x.py", "elsewhere/x.py"):
+        (tmp_path / script).write_text(code)
+    ran = subprocess.run([sys.executable, *how], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert ran.stdout == f"{quiet}\n", ran.stderr
 
 
 def test_ctrl_c_ends_at_once_without_a_word(monkeypatch, ends, capsys):

@@ -1,4 +1,5 @@
 """toy2d.py: one update by hand, every option, every bad input."""
+import copy
 import json
 import math
 import re
@@ -52,7 +53,7 @@ def prepared(**options):
         p.data += 0.3 * torch.randn(p.shape, generator=g)
     return d, SimpleNamespace(
         z=torch.randn(32, 2, generator=g), sigma=torch.linspace(0.1, 1.5, 32)[:, None],
-        noise=torch.randn(32, 2, generator=g))
+        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2))
 
 
 def scores(d, x_t, sigma):
@@ -283,8 +284,8 @@ def test_seeds_reproduce_bit_for_bit(coarse):
 
 def test_frames_end_at_the_last_step(coarse):
     *_, frames = distil(Config(**TINY), frames=4, points=20, bar=False)
-    assert frames["step"].tolist() == [1, 3, 6]             # of 1, 1.8, 3.3, 6
-    assert frames["x"].shape == (3, 20, 2) and frames["log_r"].shape == (3, 3, 20)
+    assert frames["step"].tolist() == [1, 2, 4, 6]          # up from 1, 1.8, 3.3, 6
+    assert frames["x"].shape == (4, 20, 2) and frames["log_r"].shape == (4, 3, 20)
 
 
 def test_it_learns():
@@ -308,6 +309,35 @@ def test_a_loss_that_is_not_finite_is_named():
         d.step()
 
 
+def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
+    """--nfe 3: each starts as the teacher's denoiser at its level, and the gradient by hand of the
+    third step goes through the third evaluation alone."""
+    d = Distiller(Config(nfe=3, batch=32, init_steps=900))
+    assert d.steps == pytest.approx([1.4, 1.4 * 4 / 9, 1.4 / 9])
+    for k, sigma in enumerate(d.steps):
+        x = d.teacher.sample(2000, d.generator) if k else torch.zeros(2000, 2)
+        x_t = x + sigma * d.normal(2000)
+        expected = d.teacher(x_t, torch.full((2000, 1), sigma))
+        G_x = d.G(torch.cat([x_t / sigma, torch.full((2000, 1), sigma)], 1))
+        assert (G_x - expected).square().mean() < 0.02 * expected.square().mean()
+    for turn in range(3):
+        twin, state = copy.deepcopy(d.G), d.generator.get_state()
+        b = d.draw()
+        d.generator.set_state(state)
+        assert b.before.shape == (turn, 32, 2)
+        fake = copy.deepcopy(d.fake)
+        d.step()
+    x = 0.0
+    for noise, sigma in zip((*b.before, b.z), d.steps):
+        u = torch.cat([torch.as_tensor(x).detach() / sigma + noise, torch.full((32, 1), sigma)], 1)
+        x = twin(u)
+    x_t = x + b.sigma * b.noise
+    gap, w = (fake(x_t, b.sigma) - d.teacher(x_t, b.sigma)) / b.sigma, 1.0
+    by_hand = torch.autograd.grad((x * (w * gap).detach()).mean(), list(twin.parameters()))
+    for p, expected in zip(d.G.parameters(), by_hand):
+        close(p.grad, expected, rtol=1e-3, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------- options
 
 @pytest.fixture(scope="module")
@@ -321,7 +351,8 @@ OPTIONS = [
     dict(part="level"), dict(part="sample"), dict(clip=0.0), dict(target="grid25"),
     dict(target="uneven8"), dict(anneal=0.0), dict(head="mean"), dict(class_min=0.3),
     dict(class_max=0.3), dict(lr_g=2e-3), dict(lr_f=1e-3), dict(ema=0.2), dict(sigma_init=1.0),
-    dict(sigma_min=0.1), dict(sigma_max=1.0), dict(init_steps=6), dict(batch=33), dict(seed=1)]
+    dict(sigma_min=0.1), dict(sigma_max=1.0), dict(init_steps=6), dict(batch=33), dict(seed=1),
+    dict(nfe=2)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -329,7 +360,7 @@ def test_every_option_runs_and_changes_the_student(options, plain):
     d, logged = trained(**dict(h="ls") | options)
     for name in ("log_r", "ess", "loss_score", "loss_class"):
         assert all(step[name].isfinite().all() for step in logged)
-    assert any((a != b).any() for a, b in zip(d.ema, plain))
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(d.ema, plain))
 
 
 def test_first_order_and_cells_change_what_they_belong_to():
@@ -405,6 +436,7 @@ def test_help_tells_every_option_its_text_and_default(capsys):
     ("--class-min 1 --class-max 1", "overlap"), ("--class-min 5", "overlap"),
     ("--class-max 0.01", "overlap"), ("--reward linear --part level", "--reward"),
     ("--reward cubic", "--reward.*linear"), ("--ratio exact --cells 1", "cells .* not 1"),
+    ("--nfe 17", "--nfe.* 16"), ("--nfe 2 --ratio exact", "--nfe.* exact"),
     ("--ratio exact --cells 5000", "cells .* not 5000"), ("--bach 3", "--bach")])
 def test_bad_input(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)

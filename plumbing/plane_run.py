@@ -1,0 +1,54 @@
+"""What a run of toy2d.py leaves behind: its frames, its folder, its words."""
+import json
+
+import numpy as np
+import torch
+
+from plumbing.files import atomic
+from plumbing.plots import plane_run
+
+FRAME_SIGMAS = (0.05, 0.3, 1.5)
+
+
+@torch.no_grad()
+def snapshot(d, z, before, noise):
+    """The samples of noise z and, with several evaluations, before, float16 (n, 2); and their
+    log r as training would see it at FRAME_SIGMAS, (3, n)."""
+    log_r = []
+    for level in FRAME_SIGMAS:
+        sigma = torch.full((len(noise), 1), level, device=z.device)
+        x_t = d.G(d.start(z, before, d.G)) + sigma * noise
+        exact = d.cfg.ratio == "exact"
+        log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if exact else -d.fake.encode(x_t, sigma))
+    x = d.averaged(d.start(z, before, d.averaged))
+    return x.half().cpu().numpy(), torch.cat(log_r, 1).T.half().cpu().numpy()
+
+
+def name_of(h, lam):
+    return f"SBA {lam:g}" if h == "sba" else h.upper()
+
+
+def write(folder, d, result, seen, frames, scatter):
+    """picture.png, samples.npy (3000, 2), frames.npz and, last, result.json."""
+    plane_run(name_of(d.cfg.h, d.cfg.lam), d.samples(4000).cpu(), d.target.to("cpu"), result, seen,
+              lambda log_r: d.h.weight(log_r.clamp(-d.cfg.clip, d.cfg.clip)), scatter,
+              folder / "picture.png")
+    with atomic(folder / "samples.npy") as tmp:
+        np.save(tmp, d.samples(3000).cpu().numpy().astype(np.float16))
+    with atomic(folder / "frames.npz") as tmp:
+        np.savez_compressed(tmp, **frames)
+    with atomic(folder / "result.json") as tmp:
+        tmp.write_text(json.dumps(result, allow_nan=False) + "\n")
+
+
+def tell(result, folder):
+    """A run's numbers on standard output."""
+    errors = ", ".join(f"{e:.2f} at {level}" for level, e in result["log_r_by_sigma"].items())
+    if errors:
+        print(f"the classifier's error in log r, root-mean-square, by sigma: {errors}")
+    divergences = ""
+    if result["kl_pq"] is not None:
+        divergences = f"KL(p|q) {result['kl_pq']:.3f}, KL(q|p) {result['kl_qp']:.3f}, "
+    print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
+          f"on a mode {result['on_mode']:.3f}, {divergences}{result['seconds']:.0f} s")
+    print(f"{folder}/picture.png: red where samples are, blue where they should be")

@@ -1,0 +1,84 @@
+"""Teachers and students from files, NVIDIA's and ours, and what lies beside them."""
+from pathlib import Path
+
+import torch
+
+from ncsnpp import CONFIGS, EDMPrecond
+from plumbing.download import download
+from plumbing.options import count, positive
+from plumbing.weights import check_weights, read_config, read_weights
+
+HERE = Path(__file__).parent.parent
+
+OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl
+    "edm-cifar10-32x32-uncond-vp":
+        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
+    "edm-cifar10-32x32-uncond-ve": None,
+    "edm-cifar10-32x32-cond-vp": None,
+}
+
+
+def build(state, name="the checkpoint"):
+    """The network whose names and shapes are those of `state`, with its weights, in eval mode.
+    Raises ValueError, naming the file `name`, if its tensors are none of finite numbers, and the
+    first difference to the nearest configuration, if none fits."""
+    check_weights(state, name)
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    nearest = None
+    for config, kwargs in CONFIGS.items():
+        with torch.device("meta"):
+            expected = {k: tuple(v.shape) for k, v in EDMPrecond(**kwargs).state_dict().items()}
+        wrong = [k for k in sorted(expected | shapes) if expected.get(k) != shapes.get(k)]
+        if not wrong:
+            net = EDMPrecond(**kwargs)
+            net.load_state_dict(state)
+            return net.eval().requires_grad_(False)
+        if nearest is None or len(wrong) < nearest[0]:
+            k = wrong[0]
+            nearest = len(wrong), (f"{config}, in which {k} is {expected.get(k)}, "
+                                   f"not {shapes.get(k)}")
+    raise ValueError(f"{name}: no known configuration has these tensors; nearest is {nearest[1]}")
+
+
+def load_teacher(source):
+    """-> EDMPrecond in eval mode, without gradients, float32 on the CPU.
+
+    source: a path, a URL, or a name of OFFICIAL; NVIDIA's pickles and our checkpoints alike. The
+    configuration is recognised by names and shapes. Raises ValueError or OSError.
+    """
+    source = str(source)
+    if source in OFFICIAL:
+        source = f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl"
+    if "://" in source:
+        name = source.rsplit("/", 1)[1].removesuffix(".pkl")
+        source = download(source, OFFICIAL.get(name))
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"no such checkpoint: {source} (or one of {', '.join(OFFICIAL)})")
+    return build(read_weights(source), source)
+
+
+def levels_behind(path):
+    """-> the sigma_init and nfe that a student was trained with; None for a teacher."""
+    config = read_config(path) if Path(path).is_file() else {}
+    if "sigma_init" not in config:
+        return None
+    try:
+        return positive(config["sigma_init"]), count(config.get("nfe", 1))
+    except ValueError as e:
+        raise ValueError(f"{path}: not a student: sigma_init or nfe {e}") from e
+
+
+def shipped(name):
+    """A path of the user's or, where there is none, of this project's: pretrained/..."""
+    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+
+
+def beside(teacher, name, ending, needed=False):
+    """The path `name`, or "" for "none". "own" is TEACHER + ending, beside the weights TEACHER.pt:
+    "" where there is none, unless it is needed: then FileNotFoundError."""
+    if name != "own":
+        return "" if name == "none" else shipped(name)
+    own = shipped(teacher).removesuffix(".pt") + ending
+    if needed and not Path(own).exists():
+        raise FileNotFoundError(f"no {own}: draw it by edm.py sample {teacher} -n 5000 --out {own}")
+    return own if Path(own).exists() else ""
