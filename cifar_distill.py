@@ -24,14 +24,13 @@ import torch.nn.functional as F
 import bregman
 import edm
 from data import load_images
-from edm import (check_labels, edm_loss, few_steps, half_life_to_beta, karras, load_guided,
-                 student_levels)
+from edm import edm_loss, few_steps, half_life_to_beta, karras, load_guided, student_levels
 from ncsnpp import c_out
 from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate)
-from plumbing.teachers import beside, shipped
+from plumbing.teachers import beside, check_labels, shipped
 from plumbing.weights import check_form
 
 SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small

@@ -28,7 +28,7 @@ from plumbing.files import reading, save_atomic
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate, whole)
-from plumbing.teachers import levels_behind, load_teacher
+from plumbing.teachers import check_labels, levels_behind, load_teacher
 from plumbing.weights import check_form
 
 IMAGE = (3, 32, 32)
@@ -95,19 +95,6 @@ def few_steps(net, z, levels, c=None):
 def to_uint8(x):
     """float [-1, 1] -> uint8 [0, 255], rounded."""
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def check_labels(labels, n, label_dim, source):
-    """Raises ValueError, naming `source`, unless labels are int64 (n,) in [0, label_dim)."""
-    if labels is None or not label_dim:
-        raise ValueError(f"{source} has no labels, which the network needs" if label_dim else
-                         f"{source} has labels, which an unconditional network does not take")
-    if labels.dtype != torch.int64 or labels.shape != (n,):
-        raise ValueError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}, not whole "
-                         f"numbers, one for each of {n} images")
-    if labels.min() < 0 or labels.max() >= label_dim:
-        raise ValueError(f"{source}: labels from {labels.min()} to {labels.max()}; the network "
-                         f"knows 0 to {label_dim - 1}")
 
 
 def sample(net, n, steps=18, levels=None, seed=0, batch=64, labels=None, progress=False):
@@ -257,8 +244,11 @@ class Trainer:
         self.seen, self.loss = 0, math.nan
 
     def start_from(self, source):
-        """Take the weights of another teacher. Raises ValueError or OSError."""
+        """Take the weights of another teacher; one without classes gets them, at first without
+        effect. Raises ValueError or OSError."""
         state = load_teacher(source).state_dict()
+        empty = {k: torch.zeros_like(v) for k, v in self.net.state_dict().items() if "label" in k}
+        state = empty | state
         with reading(source, f"a network of the configuration {self.cfg.config}"):
             check_form(self.net.state_dict(), state, "weights")
         self.net.load_state_dict(state)

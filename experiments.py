@@ -132,14 +132,21 @@ EXERCISES = {           # of exercises.md
     "free": ("10: no teacher", "--h kl --teacher-free"),
 }
 
+HEALTH = {              # "Is it working?": two healthy runs, and sick ones; "" is a broken line
+    "kl": "--h kl", "sba_5": "--h sba --lam 5", "stale": "--h kl --lr-f 1e-6",
+    "upside_down": "", "through": "", "fine": "--h kl --t-min 0 --t-max 0.3",
+    "untempered": "--h sba --lam 5 --norm batch --ess 0", "fast": "--h kl --lr-g 3e-3",
+}
+STEPS = {"kl": "--h kl", "kl_2": "--h kl --nfe 2", "kl_4": "--h kl --nfe 4"}
 GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL; the lowest that halves the distance
 RATE = "3e-5"                                   # goes into the paper's setting
-DRAWN = "runs/teacher_50000.zip"        # edm.py sample pretrained/compact_teacher.pt -n 50000
+DRAWN = "runs/unguided"     # .zip and .npz: 50,000 and 5,000 samples of the teacher, see results.md
 PAPER = ("--decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-mean -1.2 "
-         f"--p-std 1.2 --batch 64 --data {DRAWN} --eval-every 5 --eval-n 5000")
+         f"--p-std 1.2 --batch 64 --guide none --data {DRAWN}.zip --bank {DRAWN}.npz "
+         "--eval-every 5 --eval-n 5000")
 RATED = f"{PAPER} --lr-g {RATE} --lr-f {RATE}"
 PARTS = {f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")}
 
@@ -151,6 +158,7 @@ GROUPS = {
     "every_h": Group("every h on the ring", TOY, EVERY_H, PLANE, seeds=5),
     "plane_ratio": Group("learning the ratio", TOY, PLANE_RATIO, PLANE),
     "plane_help": Group("what helps SBA 5", TOY, PLANE_HELP, PLANE),
+    "plane_nfe": Group("students of more evaluations", TOY, STEPS, PLANE),
     "plane_rest": Group("other targets, losses and a reward", TOY, PLANE_REST, PLANE),
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
@@ -159,6 +167,10 @@ GROUPS = {
                     "--kimg 16 --eval-every 2"),
     "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, (*IMAGES, "tau"),
                             "--kimg 6 --eval-every 2"),
+    "images_nfe": Group("students of more evaluations", CIFAR, STEPS, (*IMAGES, "tau"),
+                        "--kimg 16 --eval-every 2"),
+    "health": Group("is it working?", CIFAR, HEALTH, (*IMAGES, "ess"), "--kimg 6 --eval-every 1",
+                    seeds=1),
     "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, (*IMAGES, "ess"),
                        "--kimg 16 --eval-every 2 --norm two-stage --ess 0 --batch 64 "
                        "--teacher pretrained/compact_teacher_cond.pt"),
@@ -231,11 +243,22 @@ def exercises_picture(rows):
     return panels(list(students(rows, lambda row, result: EXERCISES[row][0])), 4)
 
 
-def curves_picture(rows):
-    titles = {key: COLUMNS[key][0] for key in ("score", "precision", "recall", "log_r_std")}
-    distances = {key: f"distance {COLUMNS[key][0]}" for key in ("to_teacher", "to_data")}
-    logs = {row: [done.log for done in seeds.values()] for row, seeds in rows.items()}
-    return curves(logs, distances | titles)
+CURVES = {              # column of log.csv -> a panel's title
+    "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
+    "score": "score", "precision": "precision", "recall": "recall", "log_r_std": "std of log r"}
+VITAL = {
+    "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
+    "log_r": "mean of log r", "ess": "effective sample size", "loss_score": "fake score's loss",
+    "loss_class": "classifier's loss", "grad_g": "generator's gradient", "grad_f": "fake's gradient"}
+
+
+def curves_picture(rows, titles=CURVES):
+    return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
+                  titles)
+
+
+def health_picture(rows):
+    return curves_picture(rows, VITAL)
 
 
 def dots_picture(rows):
@@ -248,10 +271,12 @@ def dots_picture(rows):
 
 
 PICTURES = {        # file in figures/ -> group, what draws it; most groups on images have curves
+    name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR
+} | {
     "strip": ("every_h", strip_picture), "toy2d_modes": ("every_h", modes_picture),
     "plane_lam": ("plane_lam", lambda_picture), "exercises": ("exercises", exercises_picture),
-} | {name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR}
-PICTURES["images_every_h"] = "images_every_h", dots_picture
+    "images_every_h": ("images_every_h", dots_picture), "health": ("health", health_picture),
+}
 COPIES = {          # pictures that a run draws itself
     "toy2d_kl.png": ("every_h", "kl", "picture.png"),
     "toy2d_sba_5.png": ("every_h", "sba_5", "picture.png"),

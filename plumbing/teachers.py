@@ -57,6 +57,19 @@ def load_teacher(source):
     return build(read_weights(source), source)
 
 
+def check_labels(labels, n, label_dim, source):
+    """Raises ValueError, naming `source`, unless labels are int64 (n,) in [0, label_dim)."""
+    if labels is None or not label_dim:
+        raise ValueError(f"{source} has no labels, which the network needs" if label_dim else
+                         f"{source} has labels, which an unconditional network does not take")
+    if labels.dtype != torch.int64 or labels.shape != (n,):
+        raise ValueError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}, not whole "
+                         f"numbers, one for each of {n} images")
+    if labels.min() < 0 or labels.max() >= label_dim:
+        raise ValueError(f"{source}: labels from {labels.min()} to {labels.max()}; the network "
+                         f"knows 0 to {label_dim - 1}")
+
+
 def levels_behind(path):
     """-> the sigma_init and nfe that a student was trained with; None for a teacher."""
     config = read_config(path) if Path(path).is_file() else {}

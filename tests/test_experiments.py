@@ -274,7 +274,8 @@ def test_every_group_with_results_has_its_picture(tmp_path):
     assert sizes.pop("cifar_kl.png") == (7, 5)
     assert sizes.pop("toy2d.gif") == (540, 300)
     assert set(sizes) == {f"{name}.png" for name in (
-        "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h")}
+        "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h",
+        "images_nfe")}
     assert all(width >= 900 for width, _ in sizes.values())
 
 
