@@ -3,7 +3,6 @@
     python cifar_distill.py                             # offline, no GPU: five minutes
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
-    torchrun --nproc_per_node=8 cifar_distill.py --preset paper
     python cifar_distill.py --resume                    # goes on, bit for bit on a CPU
     python cifar_distill.py sample runs/compact_kl/student.pt -n 64 --out runs/grid.png
 """
@@ -33,6 +32,8 @@ from plumbing.options import (Parser, count, nonnegative, path, positive, real, 
 from plumbing.teachers import beside, check_labels, shipped
 from plumbing.weights import check_form
 
+HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # on resume
 SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small
 
 
@@ -126,17 +127,16 @@ class Distiller:
         self.labels = None if labels is None else labels.to(cfg.device)
         self.teacher = teacher.to(cfg.device).eval().requires_grad_(False)
         self.G, self.fake, self.ema = self.copy_weights()                               # line 1
-        kind, half = torch.device(cfg.device).type, cfg.amp == "fp16"
-        adam = dict(betas=(0.0, 0.999), fused=True)
-        self.opt_g = torch.optim.Adam(trained(self.G), cfg.lr_g, **adam)
-        self.opt_f = torch.optim.Adam(trained(self.fake), cfg.lr_f, **adam)
-        self.scaler = torch.amp.GradScaler(kind, enabled=half)
-        dtype = torch.float16 if half else torch.bfloat16
-        self.autocast = lambda: torch.autocast(kind, dtype, cfg.amp != "no")
+        self.opt_g, self.opt_f = (
+            torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr,
+                             betas=(0.0, 0.999), fused=True)
+            for net, lr in ((self.G, cfg.lr_g), (self.fake, cfg.lr_f)))
+        kind = torch.device(cfg.device).type
+        self.autocast = lambda: torch.autocast(kind, HALF[cfg.amp], cfg.amp != "no")
+        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)
-        self.level = torch.zeros(bins, device=cfg.device)       # by noise level: log r's running
-        #                                                         mean, or with --part log of w's
+        self.level = torch.zeros(bins, device=cfg.device)  # log r's running mean; --part's log w
         self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                          # of what happened since the last row
@@ -340,14 +340,7 @@ class Distiller:
         self.sums = {k: v.to(self.cfg.device) for k, v in sums.items()}
 
 
-def trained(net):
-    return [p for p in net.parameters() if p.requires_grad]
-
-
 # ----------------------------------------------------------------------------------------- a run
-
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-
 
 def load_all(cfg):
     """-> teacher, images, labels."""
@@ -398,7 +391,7 @@ def parse(argv):
 
 def main(argv):
     tune_cpu()
-    if argv[:1] == ["sample"]:                              # a student is Heun's shortest case
+    if argv[:1] == ["sample"]:                              # edm.py draws from both
         return edm.main(argv)
     return run(*parse(argv))
 

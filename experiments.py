@@ -249,7 +249,7 @@ CURVES = {              # column of log.csv -> a panel's title
 VITAL = {
     "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
     "log_r": "mean of log r", "ess": "effective sample size", "loss_score": "fake score's loss",
-    "loss_class": "classifier's loss", "grad_g": "generator's gradient", "grad_f": "fake's gradient"}
+    "loss_class": "classifier's loss", "grad_g": "gradient of G", "grad_f": "gradient of psi, eta"}
 
 
 def curves_picture(rows, titles=CURVES):

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import bregman
-from cifar_distill import Distiller
+from cifar_distill import HALF, Distiller
 from data import save_grid
 from edm import Guided, heun
 from ncsnpp import per_image
@@ -42,8 +42,6 @@ from plumbing.weights import check_form
 if not MISSING:                     # without them main() says what to install
     from peft import LoraConfig
     from safetensors import safe_open
-
-HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

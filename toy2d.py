@@ -313,10 +313,6 @@ class Distiller:
 
 # --------------------------------------------------------------------------------------- the truth
 
-def rms(values):
-    return float(values.square().mean().sqrt())
-
-
 @torch.no_grad()
 def compare_ratios(d, level, n):
     """-> exact and learned log r, (n,) each, under q_sigma of the student that the classifier
@@ -343,9 +339,10 @@ def measure(d):
         result[key] = float(sign * gap.mean())
     for level in np.geomspace(d.cfg.sigma_min, d.cfg.sigma_max, 8):
         exact, learned, off = compare_ratios(d, level, 500)
-        result["ruler_by_sigma"][f"{level:.3g}"] = rms(off)
+        result["ruler_by_sigma"][f"{level:.3g}"] = float(off.square().mean().sqrt())
         if d.needs_classifier():
-            result["log_r_by_sigma"][f"{level:.3g}"] = rms(learned - exact)
+            error = (learned - exact).square().mean().sqrt()
+            result["log_r_by_sigma"][f"{level:.3g}"] = float(error)
     if d.needs_classifier():                        # one level can't carry the median
         result["log_r_error"] = float(np.median(list(result["log_r_by_sigma"].values())))
     return result

@@ -294,7 +294,8 @@ def test_init_starts_from_other_weights(tmp_path):
         assert equal(dict(copied.state_dict()), dict(net.state_dict()))
     with pytest.raises(ValueError, match="a.pt: not a network of the configuration compact-ve"):
         Trainer(TrainConfig(**TINY, config="compact-ve"), IMAGES).start_from(path)
-    cond = Trainer(TrainConfig(**TINY, config="compact-cond"), IMAGES, torch.arange(len(IMAGES)) % 10)
+    labels = torch.arange(len(IMAGES)) % 10
+    cond = Trainer(TrainConfig(**TINY, config="compact-cond"), IMAGES, labels)
     cond.start_from(path)                           # which does not look at its labels yet
     x, c = torch.randn(2, *IMAGES.shape[1:], generator=torch.manual_seed(0)), torch.eye(10)[:2]
     close(cond.ema(x, 0.5, c), net(x, 0.5))

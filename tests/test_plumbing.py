@@ -20,6 +20,7 @@ import torch
 
 from plumbing import options, run
 from plumbing.files import atomic, claim, reading, save_atomic
+from plumbing.health import warning
 from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real,
                               same_options, share, text, torch_device, torch_seed, validate, whole)
 from plumbing.run import Stop, check_finite, load_generator, run_main
@@ -507,3 +508,20 @@ def test_two_processes(tmp_path):
     assert ran[0].returncode == 0, first
     assert ran[1].returncode == 2 and second.splitlines()[-1] == "two.py: only here (process 1)"
     assert "Traceback" not in first + second
+
+
+# ----------------------------------------------------------------------------------------- health
+
+WELL = dict(ess=0.9, log_r=0.4, variance=0.9, to_data=3.0)
+
+
+@pytest.mark.parametrize("sick, words", [
+    ({}, ""), (dict(log_r=-0.5), "upside down"), (dict(ess=0.04), "4% of the batch"),
+    (dict(log_r=2.5), "does not keep up"), (dict(variance=0.5), "from 0.90 to 0.50"),
+    (dict(to_data=4.5), "the distance rises, from 3 to 4.5")])
+def test_a_sick_run_is_told_in_one_sentence(sick, words):
+    """And only while it is sick, and once the generator moves."""
+    start = dict(variance=0.2, to_data=20.0)
+    said = warning([start, WELL, WELL | sick])
+    assert words in said and bool(said) == bool(sick) and "\n" not in said
+    assert not warning([start]) and not warning([start, WELL | sick, WELL])

@@ -22,7 +22,6 @@ from safetensors import safe_open                       # noqa: E402
 from safetensors.torch import save_file                 # noqa: E402
 
 import sd_distill                                       # noqa: E402
-from cifar_distill import trained                       # noqa: E402
 from edm import Guided                                  # noqa: E402
 from plumbing.latents import embed, load_model          # noqa: E402
 from sd_distill import SD, Config, SDPrecond, WithoutPrompt     # noqa: E402
@@ -32,6 +31,10 @@ DDIM = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",  
             clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 OURS = dict(device="cpu", amp="no", batch=4, rank=4, wait_kimg=0.0)
 close = torch.testing.assert_close
+
+
+def trained(net):
+    return [p for p in net.parameters() if p.requires_grad]
 
 
 def tiny_unet(seed=0, **how):
