@@ -45,8 +45,8 @@ class Config:
     guide: text = "own"         # what guides the teacher: weaker weights, "self" without label, or
                                 # "none"; "own": TEACHER_young.pt, where there is one
     w: real = 2.0               # how much: D_weak + w (D_good - D_weak)
-    guide_low: nonnegative = 0.0        # at noise levels from this
-    guide_high: positive = 1e3          # to this
+    guide_low: nonnegative = 0.3        # at noise levels from this
+    guide_high: nonnegative = 5.0       # to this
     data: text = "own"          # images for the classifier's p; "own": TEACHER_samples.zip
     bank: text = "own"          # other samples of the teacher's to judge by, or their features, or
                                 # "none"; "own": TEACHER_compact.npz, where there is one

@@ -235,7 +235,9 @@ def strip_picture(rows):
     rows = {row: rows[row] for row in ("be", "kl", "sba_5") if row in rows}
     weights = {row: bregman.get(*hs).log_weight for row, hs in
                {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}.items() if row in rows}
-    shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']} of 8")
+    def title(row, result):
+        return f"{label(row)}: {result['modes_covered']} of 8 modes"
+    shown = students(rows, title)
     return strip(weights, list(shown))
 
 
