@@ -19,6 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
+from PIL import Image                                                   # noqa: E402
+
 import data                                                             # noqa: E402
 from test_pages import PAGES, apply, commands, edits                    # noqa: E402
 
@@ -28,7 +30,8 @@ TINY = {        # what makes a command short, by the words that it starts with; 
     "cifar_distill.py": "--kimg 0.032 --batch 8 --wait-kimg 0.016 --eval-every 0.016 --eval-n 16 "
                         "--preview 1 --save-every 0.016",
     "toy2d.py": PLANE,
-    "edm.py train": "--kimg 0.032 --batch 16 --preview 1 --data "
+    "edm.py train --data pictures": "--kimg 0.032 --batch 16 --preview 1",
+    "edm.py train": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
                     "pretrained/compact_teacher_samples.zip",
     "edm.py sample": "-n 4 --steps 4",
     "fid.py train": "--epochs 1 --data classes",
@@ -45,7 +48,7 @@ LEFT_OUT = {    # words in a command -> why it is not run here
 
 
 def copy_project(folder):
-    """A copy of the project, and a set of labelled images in it."""
+    """A copy of the project, and sets of images in it."""
     keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     shutil.copytree(HERE, folder, ignore=keep_out)
     images, _ = data.load_images(HERE / "pretrained/compact_teacher_samples.zip")
@@ -53,6 +56,9 @@ def copy_project(folder):
         (folder / "classes" / kind).mkdir(parents=True)
         for i, image in enumerate(images[:80]):
             data.save_grid(image[None], folder / "classes" / kind / f"{i}.png", 1, scale=1)
+    (folder / "pictures").mkdir()                               # and grey ones of one's own
+    for i, image in enumerate(images[:40]):
+        Image.fromarray(image[0].numpy()).save(folder / "pictures" / f"{i}.png")
     return folder
 
 
