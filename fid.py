@@ -6,7 +6,7 @@ Score (Salimans et al. 2016, arXiv 1606.03498), precision and recall.
     python fid.py samples.npz cifar10-32x32.npz --features inception --resize tf    # as EDM, SiD
     python fid.py train --data cifar10                          # the classifier behind FD-compact
 
-    python fid.py pretrained/compact_teacher_samples.zip        # FD-compact 4.42, IS-compact 3.29
+    python fid.py pretrained/compact_teacher_samples.zip        # FD-compact 2.10, IS-compact 4.28
 
 A set is a folder, .zip or .tar of images, an .npy or .npz of uint8 images, `cifar10`, or an .npz
 of what was measured before: features (--save writes them), or statistics alone (mu, sigma; EDM's
