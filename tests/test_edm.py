@@ -366,10 +366,10 @@ def test_command_line_trains_resumes_and_samples(teacher_run, monkeypatch, capsy
 def test_samples_of_classes_are_written_with_their_labels(tmp_path, monkeypatch):
     torch.save(compact("compact-cond").state_dict(), tmp_path / "a.pt")
     in_process(monkeypatch, tmp_path, "sample", "a.pt", "-n", 12, "--steps", 1, "--guide", "self",
-               "--out", "a.npz")
+               "--guide-high", 100, "--out", "a.npz")
     images, labels = load_images(tmp_path / "a.npz")
     assert labels.tolist() == [*range(10), 0, 1]
-    guided = Guided(compact("compact-cond"), None, 2.0)
+    guided = Guided(compact("compact-cond"), None, 2.0, 0.3, 100)
     assert (images.int() - sample(guided, 12, steps=1).int()).abs().max() <= 1
 
 
