@@ -296,10 +296,10 @@ def test_tables_are_those_of_the_results(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_output(page):
-    """A row of a table made of a .txt in results/ is a line of it, or has the numbers that a
+    """A row of a table made of a .txt or .md in results/ is a line of it, or has numbers that a
     command printed there: the one named in the row's first cell."""
     for source, text in tables(page):
-        if not source.endswith(".txt"):
+        if not source.endswith((".txt", ".md")):
             continue
         lines = (HERE / source).read_text().splitlines()
         for row in rows(text)[1]:
