@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
-from cifar_distill import Config, Distiller
+from cifar_distill import HALF, Config, Distiller
 from edm import sample
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing.options import Parser, count, torch_device
@@ -89,12 +89,11 @@ def row(name, batch, amp, device, rounds):
         d.step()
     memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    dtype = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[amp]
     speed = flops.get_total_flops() / t["step"] / 1e9
     bound = batch / (2 * t["both"] + 2 * t["forward"] + t["encoder"])
     return [name, batch, "fp32" if amp == "no" else amp, batch / t["forward"], batch / t["both"],
             batch / t["step"], bound, f"{batch / t['step'] / bound:.0%}", speed,
-            f"{speed / matmul_peak(device, dtype):.0%}", batch / t["student"],
+            f"{speed / matmul_peak(device, HALF[amp]):.0%}", batch / t["student"],
             t["teacher"] / t["student"], memory / 2 ** 30]
 
 

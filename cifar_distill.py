@@ -27,13 +27,13 @@ from edm import edm_loss, few_steps, half_life_to_beta, karras, load_guided, stu
 from ncsnpp import c_out
 from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
-from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, text,
-                              torch_device, torch_seed, validate)
+from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real, share,
+                              text, torch_device, torch_seed, validate)
 from plumbing.teachers import beside, check_labels, shipped
 from plumbing.weights import check_form
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # on resume
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
 SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small
 
 
@@ -58,7 +58,7 @@ class Config:
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
-    nfe: count = 1              # evaluations of the generator for an image
+    nfe: evaluations = 1        # evaluations of the generator for an image
     t_min: share = 0.15         # the generator's noise levels: from this
     t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
     w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|
@@ -92,8 +92,6 @@ class Config:
             raise ValueError("--t-min must be below --t-max")
         if self.part != "both" and self.norm != "batch":
             raise ValueError(f"--part {self.part} goes with --norm batch")
-        if self.nfe > 16:
-            raise ValueError(f"--nfe {self.nfe}: at most 16")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.batch % world():

@@ -80,15 +80,25 @@ def write_zip(images, path, labels):
             z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(listed))
 
 
-def save_grid(images, path, columns=8, scale=3):
-    """Write uint8 (N, 3, H, W) as one PNG, `columns` wide, with a line between. scale: the pixels
-    that show one."""
+def sheet(images, columns=8, classes=0):
+    """uint8 (N, 3, H, W) -> one picture, uint8 (height, width, 3), with a line between. classes:
+    theirs take turns, and each of them gets a row."""
+    if 0 < classes <= len(images):
+        columns = len(images) // classes
+        images = images[:columns * classes].unflatten(0, (columns, classes)).transpose(0, 1)
+        images = images.flatten(0, 1)
     n, _, height, width = images.shape
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
+    picture = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         y, x = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[y:y + height, x:x + width] = image
-    size = sheet.shape[1] * scale, sheet.shape[0] * scale
+        picture[y:y + height, x:x + width] = image
+    return picture
+
+
+def save_grid(images, path, columns=8, scale=3, classes=0):
+    """Write a sheet() as PNG. scale: the pixels that show one."""
+    picture = Image.fromarray(sheet(images, columns, classes))
+    size = picture.width * scale, picture.height * scale
     with atomic(path) as tmp:
-        Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(tmp, format="PNG")
+        picture.resize(size, Image.Resampling.NEAREST).save(tmp, format="PNG")

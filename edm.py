@@ -28,10 +28,11 @@ from plumbing.files import reading, save_atomic
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate, whole)
-from plumbing.teachers import check_labels, levels_behind, load_teacher
+from plumbing.teachers import check_labels, load_teacher, student_options
 from plumbing.weights import check_form
 
 IMAGE = (3, 32, 32)
+
 
 # ---------------------------------------------------------------------------- loss and sampler
 
@@ -97,6 +98,7 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@torch.no_grad()
 def sample(net, n, steps=18, levels=None, seed=0, batch=64, labels=None, progress=False):
     """n samples of a denoiser, uint8 (n, 3, 32, 32) on the CPU.
 
@@ -337,7 +339,8 @@ def train(cfg, out, resume=False):
             if not trainer.seen:
                 return {}
             if cfg.preview:
-                save_grid(sample(trainer.ema, cfg.preview), out / "samples.png")
+                save_grid(sample(trainer.ema, cfg.preview), out / "samples.png",
+                          classes=trainer.net.label_dim)
             return {"loss": trainer.loss}
 
         status = Loop(trainer, cfg, out, ["loss"], evaluate, cfg.save_every, state).run()
@@ -376,7 +379,7 @@ def main(argv):
         return train(cfg, args.out, args.resume)
 
     net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
-    net, student = net.to(args.device), levels_behind(args.checkpoint)
+    net, student = net.to(args.device), student_options(args.checkpoint)
     levels = student_levels(*student) if student else None
     start = time.monotonic()
     labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
@@ -384,7 +387,7 @@ def main(argv):
     if args.out.suffix in (".npz", ".zip"):
         save_images(images, args.out, labels)
     else:
-        save_grid(images, args.out)
+        save_grid(images, args.out, classes=net.label_dim)
     print(f"{args.n} images, {len(levels) if levels else 2 * args.steps - 1} evaluations each, "
           f"in {time.monotonic() - start:.1f} s: {args.out}")
 

@@ -12,6 +12,7 @@ command that writes into results/ and figures/ by default.
 """
 from plumbing.run import run_main
 
+import json
 import math
 import os
 import shutil
@@ -29,30 +30,17 @@ from plumbing.files import atomic
 from plumbing.jobs import run_all
 from plumbing.options import Parser, count, path
 from plumbing.page import page
-from plumbing.pictures import animate, curves, dots, label, lambdas, panels, strip
+from plumbing.pictures import animate, curves, dots, label, lambdas, panels, strip, teachers
 from plumbing.plots import save_figure
-from plumbing.results import COLUMNS, Results, Script, power, runs_of, tables, values_of
+from plumbing.results import Results, Script, power, runs_of, tables, values_of
 
 HERE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------------------------- the groups
 
-def options_of_toy2d(words):
-    """The words of a command line -> a run's options, as the script reads them."""
-    parser = Parser(prog="toy2d.py")
-    parser.add_fields(toy2d.Config)
-    return toy2d.Config(**vars(parser.parse_args(words)))
-
-
-def options_of_cifar_distill(words):
-    """The same."""
-    config, _, _ = cifar_distill.parse(words)
-    return config
-
-
-TOY = Script("toy2d.py", toy2d.Config, options_of_toy2d)
-CIFAR = Script("cifar_distill.py", cifar_distill.Config, options_of_cifar_distill)
+TOY = Script("toy2d.py", toy2d.Config, toy2d.parse)
+CIFAR = Script("cifar_distill.py", cifar_distill.Config, cifar_distill.parse)
 
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "ess")
 IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score", "log_r_std")
@@ -142,8 +130,9 @@ GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL; the lowest that halves the distance
-RATE = "3e-5"                                   # goes into the paper's setting
-DRAWN = "runs/unguided"     # .zip and .npz: 50,000 and 5,000 samples of the teacher, see results.md
+RATE = "3e-5"           # the paper's setting takes it: to be set when these runs are there
+DRAWN = "runs/unguided"         # .zip: 50,000 samples of the teacher that nothing guides, since a
+#                                 guided score is no density's; .npz: another 5,000, as features
 PAPER = ("--decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-mean -1.2 "
          f"--p-std 1.2 --batch 64 --guide none --data {DRAWN}.zip --bank {DRAWN}.npz "
          "--eval-every 5 --eval-n 5000")
@@ -301,6 +290,16 @@ def draw(results, figures):
                 shutil.copyfile(done.folder / source, tmp)
 
 
+def draw_teachers(folder, figures):
+    """A teacher's samples while it learns, and guided; pretrained/README.md has the commands."""
+    learning = {file.stem.removeprefix("curve_"): [*map(json.loads, file.open())]
+                for file in sorted(folder.glob("curve_*.jsonl"))}
+    guided = {float(file.stem.removeprefix("w_")): json.loads(file.read_text())
+              for file in folder.glob("w_*.json")}
+    if learning and guided:
+        save_figure(teachers(learning, guided), figures / "teachers.png", dpi=100)
+
+
 def filmed(results, group, names, option):
     """-> row -> Done, of seed 0, of the rows called `names`. Raises FileNotFoundError for one
     without frames."""
@@ -348,6 +347,7 @@ def main(argv):
     if not results.found:
         raise FileNotFoundError(f"no results in {folder}: --run makes them")
     draw(results, figures)
+    draw_teachers(folder / "teacher", figures)
     if args.gif:
         draw_gif(results, figures)
     if args.page:

@@ -26,10 +26,12 @@ import torch
 from tqdm import tqdm
 
 from data import load_images
-from plumbing.features import REFERENCE, Classifier, load_net, resize, train
-from plumbing.files import atomic, reading
+from plumbing.features import (CLASSIFIER, REFERENCE, Classifier, load_net, read_net, resize,
+                               train_classifier)
+from plumbing.files import atomic, claim, reading, save_atomic
 from plumbing.measured import in_words, read_measured
-from plumbing.options import Parser, count, path, reader, text, torch_device
+from plumbing.options import (Parser, count, ending, path, reader, text, torch_device,
+                              torch_seed)
 
 NAMES = {"compact": ("FD-compact", "IS-compact"), "inception": ("FID", "IS")}
 
@@ -284,14 +286,35 @@ def compare(a, b, features="compact", how="clean"):
 
 # ------------------------------------------------------------------------------------ command line
 
-def measure_into(file, images, net):
-    save(measure(images, net), file)
+def train(argv, device):
+    """Train FD-compact's classifier and measure its training set. Both files have the names that
+    they have in pretrained/: copy them there to use them."""
+    parser = Parser(prog="fid.py train", description="Train FD-compact's classifier.")
+    parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
+    parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
+    parser.add("epochs", count, 12, "times that it sees each image")
+    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
+    parser.add("device", torch_device, device, "what computes")
+    args = parser.parse_args(argv)
+    tune_cpu()
+    images, labels = load_images(args.data, "train")
+    test_images, test_labels = load_images(args.data, "test")
+    if labels is None or test_labels is None:
+        raise ValueError(f"--data {args.data}: images without labels")
+    with claim(args.out):
+        weights = args.out / CLASSIFIER.name
+        save_atomic(train_classifier(images, labels, args.epochs, seed=args.seed,
+                                     device=args.device), weights)
+        net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
+        save(measure(images, net), args.out / REFERENCE.name)
+        right = extract(test_images, net)[1].argmax(1) == test_labels
+        print(f"{right.double().mean():.4f} of the test images right: {weights}")
 
 
 def main(argv):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if argv[:1] == ["train"]:
-        return train(argv[1:], device, load_images, measure_into)
+        return train(argv[1:], device)
     what_a_set_is = __doc__.split("\n\n")[-1]
     parser = Parser(prog="fid.py", description=what_a_set_is)
     parser.add_argument("a", type=text, help="the set to judge; SOURCE:test takes its test split")
@@ -305,11 +328,10 @@ def main(argv):
     parser.add("splits", count, 10, "parts of A for the Inception Score, whose spread is printed")
     parser.add("batch", count, 64, "images a step")
     parser.add("device", torch_device, device, "what computes")
-    parser.add("save", path, None, "an .npz for A's statistics, score, and features of 5000 images")
+    parser.add("save", ending(".npz"), None,
+               "an .npz for A's statistics, score, and features of 5000 images")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
-    if args.save and args.save.suffix != ".npz":
-        raise ValueError(f"--save {args.save}: must end in .npz")
     tune_cpu()
     net = load_net(args.features).to(args.device)
     how = dict(how=args.resize, batch=args.batch, splits=args.splits, progress=True)

@@ -26,8 +26,8 @@ from tqdm import tqdm
 import bregman
 from plane import REWARDS, TARGETS, log_q, mode_statistics
 from plumbing.files import claim
-from plumbing.options import (Parser, count, nonnegative, path, positive, real, share, torch_device,
-                              torch_seed, validate)
+from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real, share,
+                              torch_device, torch_seed, validate)
 from plumbing.plane_run import FRAME_SIGMAS, name_of, snapshot, tell, write
 
 
@@ -89,7 +89,7 @@ class Config:
     lr_f: positive = 3e-3       # fake score's and classifier's
     ema: share = 0.999          # of the student's weights, which are what is measured
     sigma_init: positive = 1.4  # G(z) starts as the teacher's D(sigma_init z; sigma_init)
-    nfe: count = 1              # evaluations of the student for a sample
+    nfe: evaluations = 1        # evaluations of the student for a sample
     init_steps: count = 500     # of the regression that brings G there
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest
@@ -119,8 +119,8 @@ class Config:
             raise ValueError("need --sigma-min below --sigma-max, and --ema below 1")
         if max(self.class_min, self.sigma_min) >= min(self.class_max, self.sigma_max):
             raise ValueError("--class-min to --class-max must overlap --sigma-min to --sigma-max")
-        if self.nfe > 16 or (self.nfe > 1 and self.ratio == "exact"):
-            raise ValueError("--nfe: at most 16, and 1 for --ratio exact, which knows G(z) alone")
+        if self.nfe > 1 and self.ratio == "exact":
+            raise ValueError("--nfe must be 1 for --ratio exact, which knows the density of G(z)")
         if self.part != "both" and self.batch < 16:
             raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
         if self.reward and (self.part != "both" or self.norm != "batch"):
@@ -338,11 +338,10 @@ def measure(d):
         gap = d.target.log_p(x_t, sigma) - log_q(d.averaged, x_t, sigma)
         result[key] = float(sign * gap.mean())
     for level in np.geomspace(d.cfg.sigma_min, d.cfg.sigma_max, 8):
-        exact, learned, off = compare_ratios(d, level, 500)
-        result["ruler_by_sigma"][f"{level:.3g}"] = float(off.square().mean().sqrt())
+        key, (exact, learned, off) = f"{level:.3g}", compare_ratios(d, level, 500)
+        result["ruler_by_sigma"][key] = float(off.square().mean().sqrt())
         if d.needs_classifier():
-            error = (learned - exact).square().mean().sqrt()
-            result["log_r_by_sigma"][f"{level:.3g}"] = float(error)
+            result["log_r_by_sigma"][key] = float((learned - exact).square().mean().sqrt())
     if d.needs_classifier():                        # one level can't carry the median
         result["log_r_error"] = float(np.median(list(result["log_r_by_sigma"].values())))
     return result
@@ -355,7 +354,7 @@ def distil(cfg, frames=24, points=200, bar=True):
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
     steps = np.ceil(np.geomspace(max(1, cfg.steps / 1000), cfg.steps, frames).round(6)).astype(int)
-    shots = dict(step=np.unique(steps), x=[], log_r=[])
+    steps, shots = np.unique(steps), []
     g = torch.Generator(cfg.device).manual_seed(cfg.seed)       # the same points in every frame
     z, noise, *before = torch.randn(cfg.nfe + 1, points, 2, generator=g, device=cfg.device)
     progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
@@ -368,26 +367,30 @@ def distil(cfg, frames=24, points=200, bar=True):
             seen.append(d.last["log_r"].cpu())
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
-        if i in shots["step"]:
-            x, log_r = snapshot(d, z, before, noise)
-            shots["x"].append(x)
-            shots["log_r"].append(log_r)
+        if i in steps:
+            shots.append(snapshot(d, z, before, noise))
     result = dict(h=cfg.h, lam=cfg.lam, seed=cfg.seed) | measure(d)
     result |= dict(ess=float(np.mean([r["ess"] for r in history])), seconds=time.time() - start,
                    config=asdict(cfg), history=history)
-    return d, result, torch.cat(seen), {k: np.array(v) for k, v in shots.items()}
+    x, log_r = map(np.array, zip(*shots))
+    return d, result, torch.cat(seen), dict(step=steps, x=x, log_r=log_r)
 
 
-def main(argv):
+def parse(argv):
+    """-> Config, output folder."""
     parser = Parser(prog="toy2d.py", description=__doc__.splitlines()[0])
     parser.add_fields(Config)
     parser.add("out", path, None, "the run's folder (runs/toy2d_H)")
     args = vars(parser.parse_args(argv))
     out, cfg = args.pop("out"), Config(**args)
-    name = name_of(cfg.h, cfg.lam).lower().replace(" ", "_")
+    return cfg, out or path("runs/toy2d_" + name_of(cfg.h, cfg.lam).lower().replace(" ", "_"))
+
+
+def main(argv):
+    cfg, out = parse(argv)
     torch.set_num_threads(1)                # the matrices are small: a second thread only waits
     torch.set_flush_denormal(True)
-    with claim(out or path(f"runs/toy2d_{name}")) as folder:    # fails now, not after the training
+    with claim(out) as folder:              # fails now, not after the training
         d, result, seen, frames = distil(cfg)
         scatter = {s: [v.cpu() for v in compare_ratios(d, s, 700)[:2]] for s in FRAME_SIGMAS
                    if d.needs_classifier() and cfg.nfe == 1}

@@ -14,9 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from plumbing.download import download
-from plumbing.files import claim, reading, save_atomic
-from plumbing.options import Parser, count, path, text, torch_device, torch_seed
-from plumbing.run import tune_cpu
+from plumbing.files import reading
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 CLASSIFIER = PRETRAINED / "compact_classifier.pt"
@@ -282,34 +280,3 @@ def load_net(features="compact"):
     """-> the network behind a distance, in eval mode: "compact", from pretrained/, or "inception",
     downloaded once and checked. Raises ValueError or OSError, naming the file."""
     return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))
-
-
-def train(argv, device, load_images, measure_into):
-    """The command `fid.py train`: train Classifier and measure its training set. Both files have
-    the names that they have in pretrained/: copy them there to use them.
-
-    load_images: data's. measure_into(file, images, net): writes what fid.py has for a set.
-    """
-    parser = Parser(prog="fid.py train", description="Train FD-compact's classifier.")
-    parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
-    parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
-    parser.add("epochs", count, 12, "times that it sees each image")
-    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
-    parser.add("device", torch_device, device, "what computes")
-    args = parser.parse_args(argv)
-    tune_cpu()
-    images, labels = load_images(args.data, "train")
-    test_images, test_labels = load_images(args.data, "test")
-    if labels is None or test_labels is None:
-        raise ValueError(f"--data {args.data}: images without labels")
-    with claim(args.out):
-        weights = args.out / CLASSIFIER.name
-        save_atomic(train_classifier(images, labels, args.epochs, seed=args.seed,
-                                     device=args.device), weights)
-        net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
-        measure_into(args.out / REFERENCE.name, images, net)
-        right = 0
-        for x, target in zip(test_images.split(64), test_labels.split(64)):
-            logits = net(resize(x.to(args.device).float(), net.size))[1]
-            right += (logits.argmax(1).cpu() == target).sum().item()
-        print(f"{right / len(test_images):.4f} of the test images right: {weights}")

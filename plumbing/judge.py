@@ -16,7 +16,6 @@ from plumbing.plots import curve, side_by_side
 from plumbing.run import world
 from plumbing.teachers import beside
 
-
 COLUMNS = ("to_data", "to_teacher", "variance", "precision", "recall", "density", "coverage",
            "images", "score", "ess", "tau", "log_r", "log_r_std", "loss_score", "loss_class",
            "grad_g", "grad_f")
@@ -45,7 +44,8 @@ class Judge:
         """A row of log.csv, after these; a grid, and curve.png. It warns of a sick run."""
         images = sample(d.ema, self.cfg.eval_n, levels=d.steps)
         row = self.compare(fid.measure(images, self.net))
-        save_grid(images[:self.cfg.preview], self.out / f"grid_{d.seen:09}.png")
+        save_grid(images[:self.cfg.preview], self.out / f"grid_{d.seen:09}.png",
+                  classes=d.ema.label_dim)
         curve(rows + [row | {"kimg": d.seen / 1e3}], self.own, self.name, self.out / "curve.png")
         row |= d.averages()                             # last, since it empties the sums
         if said := warning(rows + [row]):
@@ -85,7 +85,8 @@ class Judge:
         evaluations = "1 evaluation" if len(d.steps) == 1 else f"{len(d.steps)} evaluations"
         guided = ", guided" if hasattr(d.teacher, "good") else ""
         side_by_side({f"teacher: 35 evaluations{guided}": teachers,
-                      f"student: {evaluations}, same noise": students[:n]}, out / "samples.png")
+                      f"student: {evaluations}, same noise": students[:n]}, out / "samples.png",
+                     d.ema.label_dim)
         result = {"distance": self.name, "before": first, "after": last, "teacher": own,
                   "images": d.seen, "seconds": loop.seconds(), "seconds_per_image": fast,
                   "teacher_seconds_per_image": slow, "torch": torch.__version__,
@@ -94,5 +95,5 @@ class Judge:
             tmp.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         floor = f"; the teacher's own {own[key]:.3g}" if own else ""
         print(f"{self.name} {key.replace('_', ' ')}: {first[key]:.4g} before, {last[key]:.4g} "
-              f"after {d.seen} images in {loop.seconds():.0f} s{floor}; {1e3 * fast:.2g} ms an image, "
-              f"{slow / fast:.0f} times faster than the teacher: {out}/samples.png")
+              f"after {d.seen} images in {loop.seconds():.0f} s{floor}; {1e3 * fast:.2g} ms an "
+              f"image, {slow / fast:.0f} times faster than the teacher: {out}/samples.png")

@@ -46,6 +46,11 @@ def whole(value):
     return _number(value, int, lambda v: 0 <= v < 2 ** 31, "a whole number, at least 0")
 
 
+def evaluations(value):
+    """How often a student evaluates its network for a sample."""
+    return _number(value, int, lambda v: 1 <= v <= 16, "a whole number from 1 to 16")
+
+
 def torch_seed(value):
     """A seed of torch's: an integer from 0 to 2^53, up to which a float holds them all."""
     return _number(value, int, lambda v: 0 <= v <= 2 ** 53, "a whole number from 0 to 2^53")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from data import sheet
 from plumbing.files import atomic
 
 
@@ -42,14 +43,12 @@ def curve(rows, own, name, path):
     save_figure(fig, path)
 
 
-def side_by_side(images, path):
-    """title -> images uint8 (N, 3, H, W): square grids beside each other."""
+def side_by_side(images, path, classes=0):
+    """title -> images uint8 (N, 3, H, W): their sheets beside each other; classes: see sheet."""
     fig, axes = pyplot().subplots(1, len(images), figsize=(6.5 * len(images), 7),
                                   layout="constrained")
     for ax, (title, x) in zip(axes, images.items()):
-        side, (_, _, height, width) = math.isqrt(len(x)), x.shape
-        grid = x[:side ** 2].view(side, side, 3, height, width).permute(0, 3, 1, 4, 2)
-        ax.imshow(grid.reshape(side * height, side * width, 3).numpy(), interpolation="nearest")
+        ax.imshow(sheet(x, math.isqrt(len(x)), classes), interpolation="nearest")
         ax.set(title=title, xticks=[], yticks=[])
         ax.grid(False)
     save_figure(fig, path, dpi=100)
@@ -91,9 +90,9 @@ def plane_run(title, x, target, result, seen, weight, scatter, path):
         ax.scatter(exact, learned, s=9, color=colour, label=f"sigma = {sigma:g}")
     ax.axline((0, 0), slope=1, color="black", lw=1)
     ax.set(xlim=(-4, 8), ylim=(-4, 8), xlabel="exact log r", ylabel="the classifier's log r",
-           title=f"log r, off by {result['log_r_error']:.2f} (median of levels)" if scatter
-           else "no classifier: log r is exact")
+           title="log r: nothing to compare")
     if scatter:
+        ax.set_title(f"log r, off by {result['log_r_error']:.2f} (median of levels)")
         ax.legend(markerscale=3)
 
     ax, steps = axes[1, 1], [r["step"] for r in result["history"]]

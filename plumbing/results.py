@@ -24,14 +24,14 @@ SAME = {"be": -1.0, "fkl": -1.0, "kl": 0.0, "rkl": 0.0, "ls": 1.0}      # these 
 class Script:
     file: str
     config: type                # the dataclass of its options
-    parse: Callable             # words of a command line -> such a config
+    parse: Callable             # words of a command line -> such a config, and more
 
 
 @functools.cache
 def config_of(script, options):
     """What a run of these options writes as its config, a dictionary. Raises SystemExit or
     ValueError for options that the script does not take."""
-    return asdict(script.parse(options.split()))
+    return asdict(script.parse(options.split())[0])
 
 
 def power(config):

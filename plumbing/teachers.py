@@ -5,7 +5,7 @@ import torch
 
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing.download import download
-from plumbing.options import count, positive
+from plumbing.options import evaluations, positive
 from plumbing.weights import check_weights, read_config, read_weights
 
 HERE = Path(__file__).parent.parent
@@ -70,13 +70,13 @@ def check_labels(labels, n, label_dim, source):
                          f"knows 0 to {label_dim - 1}")
 
 
-def levels_behind(path):
+def student_options(path):
     """-> the sigma_init and nfe that a student was trained with; None for a teacher."""
     config = read_config(path) if Path(path).is_file() else {}
     if "sigma_init" not in config:
         return None
     try:
-        return positive(config["sigma_init"]), count(config.get("nfe", 1))
+        return positive(config["sigma_init"]), evaluations(config.get("nfe", 1))
     except ValueError as e:
         raise ValueError(f"{path}: not a student: sigma_init or nfe {e}") from e
 

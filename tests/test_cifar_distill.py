@@ -23,7 +23,6 @@ from PIL import Image
 
 import bregman
 import cifar_distill
-import edm
 import fid
 from cifar_distill import Config, Distiller
 from data import load_images, save_images
@@ -869,7 +868,7 @@ def test_bad_options_are_one_line(here, whole, capsys):
     bad("--part level goes with --norm batch", part="level")
     bad("--t-min must be below --t-max", t_min=0.9)
     bad("--ess", ess=1.1)
-    bad("--nfe 17: at most 16", nfe=17)
+    bad("--nfe: must be a whole number from 1 to 16", nfe=17)
     bad("--seed", seed=-1)
     bad("unrecognized arguments: --accumulate=2", accumulate=2)
     bad("no device", device="cuda:77")
@@ -900,7 +899,7 @@ def test_bad_students_are_one_line(here, whole, capsys):
     student = torch.load(whole / "student.pt", weights_only=True)
     torch.save(student | {"config": {"sigma_init": "far"}}, "broken.pt")
     bad("broken.pt: not a student: sigma_init or nfe must be", "broken.pt")
-    torch.save(student | {"config": {"sigma_init": 2.5, "nfe": 0}}, "broken.pt")
+    torch.save(student | {"config": {"sigma_init": 2.5, "nfe": 10 ** 9}}, "broken.pt")
     bad("broken.pt: not a student: sigma_init or nfe must be", "broken.pt")
     torch.save(student | {"ema": dict(list(student["ema"].items())[1:])}, "broken.pt")
     bad("broken.pt: no known configuration", "broken.pt")

@@ -166,6 +166,11 @@ def test_grid(tmp_path):
     grid = np.array(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 17, 2 * 35, 3)                    # 2 rows of 4, a pixel between
     assert (grid[:16:2, :16:2] == PIXELS[0]).all() and (grid[18:34:2, 18:34:2] == PIXELS[5]).all()
+    save_grid(EXPECTED, tmp_path / "grid.png", scale=1, classes=3)
+    grid = np.array(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (3 * 9 - 1, 17, 3)                     # 3 classes, 2 images of each
+    assert all((grid[9 * i:9 * i + 8, 9 * j:9 * j + 8] == PIXELS[3 * j + i]).all()
+               for i in range(3) for j in range(2))
 
 
 # ------------------------------------------------------------------------------------- downloads

@@ -25,7 +25,7 @@ from edm import (Guided, TrainConfig, Trainer, edm_loss, few_steps, grid, heun, 
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing import teachers
 from plumbing.weights import check_form, check_optimizer, read_weights
-from test_ncsnpp import compact, fill
+from test_ncsnpp import compact
 
 HERE = Path(edm.__file__).parent
 IMAGES = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (40, 3, 32, 32), np.uint8))
@@ -658,7 +658,8 @@ def test_an_optimizer_that_does_not_fit_its_parameters_is_refused():
     for place, key, value, message in (
             ("state", (3, "exp_avg"), torch.zeros(1), r"opt.state.3.exp_avg is float32 \(1,\)"),
             ("state", (3, "exp_avg_sq"), torch.zeros(shape).double(), "3.exp_avg_sq is float64"),
-            ("state", (3, "exp_avg"), torch.zeros(()).expand(shape), "3.exp_avg is a tensor of another"),
+            ("state", (3, "exp_avg"), torch.zeros(()).expand(shape),
+             "3.exp_avg is a tensor of another"),
             ("state", (3, "step"), torch.zeros(2), "opt.state.3.step"),
             ("state", (3, "step"), 1.0, "opt.state.3.step"),
             ("state", (3, "max_exp_avg_sq"), torch.zeros(1), "should not have max_exp_avg_sq"),
