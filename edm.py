@@ -388,7 +388,8 @@ def main(argv):
         save_images(images, args.out, labels)
     else:
         save_grid(images, args.out, classes=net.label_dim)
-    print(f"{args.n} images, {len(levels) if levels else 2 * args.steps - 1} evaluations each, "
+    evaluations = len(levels) if levels else 2 * args.steps - 1
+    print(f"{args.n} images of {evaluations} evaluation{'s' * (evaluations > 1)} each, "
           f"in {time.monotonic() - start:.1f} s: {args.out}")
 
 

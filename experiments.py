@@ -43,7 +43,8 @@ TOY = Script("toy2d.py", toy2d.Config, toy2d.parse)
 CIFAR = Script("cifar_distill.py", cifar_distill.Config, cifar_distill.parse)
 
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "ess")
-IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score", "log_r_std")
+IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score")
+HELD, LOOSE = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
 
 
 @dataclass(frozen=True)
@@ -152,29 +153,29 @@ GROUPS = {
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
     "images": Group("16,000 images, weights held", CIFAR,
-                    THREE | {"kl_gan": f"--h kl --gan {GAN}"}, (*IMAGES, "tau"),
+                    THREE | {"kl_gan": f"--h kl --gan {GAN}"}, HELD,
                     "--kimg 16 --eval-every 2"),
-    "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, (*IMAGES, "tau"),
+    "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, HELD,
                             "--kimg 6 --eval-every 2"),
-    "images_nfe": Group("students of more evaluations", CIFAR, STEPS, (*IMAGES, "tau"),
+    "images_nfe": Group("students of more evaluations", CIFAR, STEPS, HELD,
                         "--kimg 16 --eval-every 2"),
-    "health": Group("is it working?", CIFAR, HEALTH, (*IMAGES, "ess"), "--kimg 6 --eval-every 1",
+    "health": Group("is it working?", CIFAR, HEALTH, LOOSE, "--kimg 6 --eval-every 1",
                     seeds=1),
-    "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, (*IMAGES, "ess"),
+    "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, LOOSE,
                        "--kimg 16 --eval-every 2 --norm two-stage --ess 0 --batch 64 "
                        "--teacher pretrained/compact_teacher_cond.pt"),
     "paper_rates": Group("the rate of the paper's setting", CIFAR, {
         f"kl_{rate}": f"--h kl --lr-g {rate} --lr-f {rate}" for rate in RATES},
-        (*IMAGES, "ess"), f"{PAPER} --kimg 20", seeds=1),
-    "paper_setting": Group("the paper's setting, nothing held", CIFAR, THREE, (*IMAGES, "ess"),
+        LOOSE, f"{PAPER} --kimg 20", seeds=1),
+    "paper_setting": Group("the paper's setting, nothing held", CIFAR, THREE, LOOSE,
                            f"{RATED} --kimg 50", seeds=2),
-    "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, (*IMAGES, "ess"),
+    "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, LOOSE,
                          f"{RATED} --kimg 50", seeds=1),
     "paper_long": Group("the paper's setting, 500,000 images", CIFAR,
-                        {k: EVERY_H[k] for k in ("kl", "sba_5")}, (*IMAGES, "ess"),
+                        {k: EVERY_H[k] for k in ("kl", "sba_5")}, LOOSE,
                         f"{RATED} --kimg 500", seeds=2, named=True),
     "paper": Group("the paper's experiment", CIFAR, {k: EVERY_H[k] for k in ("kl", "sba_5")},
-                   (*IMAGES, "ess"), "--preset paper", seeds=1, named=True),
+                   LOOSE, "--preset paper", seeds=1, named=True),
 }
 
 

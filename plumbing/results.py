@@ -155,12 +155,14 @@ def cell(values, digits):
 
 
 def table(group, rows):
-    """A group's table, in Markdown; a column that no row has is left out."""
+    """A group's table, in Markdown; a column that no row has is left out. A row is held where --ess
+    tempered its weights: where tau is below 1."""
     columns = [k for k in group.columns if any(values_of(rows, row, k) for row in rows)]
     lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)]]
     lines.append(["---"] * len(lines[0]))
     for row, by_seed in rows.items():
-        name = [group.labels.get(row), group.rows[row] and f"`{group.rows[row]}`"]
+        held = "held" if any(tau < 0.995 for tau in values_of(rows, row, "tau")) else ""
+        name = [group.labels.get(row), held, group.rows[row] and f"`{group.rows[row]}`"]
         lines.append([", ".join(filter(None, name)), str(len(by_seed)),
                       *(cell(values_of(rows, row, k), COLUMNS[k][1]) for k in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -16,9 +16,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import edm
 import experiments
 import sd_distill
+from data import load_images
 from plumbing.options import Parser, flag
 from plumbing.results import Results, tables as tables_of
 
@@ -177,10 +180,19 @@ def test_readme_is_short():
 
 def test_readme_quotes_the_code():
     """The twelve lines stand in Distiller.step of toy2d.py, one after the other."""
-    quoted, = blocks("README.md", "python")
+    quoted, _ = blocks("README.md", "python")
     assert len(quoted.splitlines()) == 12
     step = inspect.getsource(importlib.import_module("toy2d").Distiller.step)
     assert textwrap.indent(quoted, 8 * " ") in step
+
+
+def test_readme_draws_what_the_command_draws(tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    names, (_, lines) = {}, blocks("README.md", "python")
+    exec(lines, names)
+    edm.main(["sample", "pretrained/compact_student.pt", "--out", str(tmp_path / "x.npz")])
+    drawn, _ = load_images(tmp_path / "x.npz")
+    assert len(lines.splitlines()) == 3 and torch.equal(names["images"], drawn)
 
 
 @pytest.mark.parametrize("exercise, file, pairs", [pytest.param(*e, id=f"{e[0]} {e[1]}")
