@@ -36,14 +36,16 @@ def power(log_r, a):
 
 
 def h_sba(r, lam):
-    """Table 1's h; at lam < -1/2 less (1 - r)/(lam (lam+1)), which is infinite at lam = -1. That is
-    affine, so it changes neither D_h nor h''."""
+    """Table 1's h; at lam < -1/2 minus (1 - r)/(lam (lam+1)), which is infinite at lam = -1. That
+    term is affine, so it changes neither D_h nor h''."""
     if lam < -0.5:
         return power(r.log(), 1 + lam) / lam
     return r * power(r.log(), lam) / (1 + lam)
 
 
-TABLE_1 = {  # name: h, h''(r) r, the f-divergence that D_h(r || 1) is, both as code       Table 1
+# A row: h(r), h''(r) r and the f-divergence that D_h(r || 1) is, in words; h(r, lam) and
+# log(h''(r) r) of (log_r, lam), as code. A new row needs no other line.                  Table 1
+TABLE_1 = {
     "lr": Row("r log r - (1+r) log(1+r)", "1/(1+r)", "Jensen-Shannon (x 2)",
               lambda r, lam: torch.special.xlogy(r, r) - (1 + r) * torch.log1p(r),
               lambda log_r, lam: F.logsigmoid(-log_r)),
@@ -101,7 +103,7 @@ class Bregman:
         return self.h(r) - h_star.detach() - slope * (r - r_star.detach())
 
 
-def get(name, lam=1.0):
+def get(name, lam=5.0):
     """The Bregman divergence `name`, one of NAMES in any case; lam, in [-50, 50], is SBA's alone.
 
     Raises ValueError for an unknown name, or a lam beyond which no float32 weight would survive.

@@ -78,7 +78,7 @@ class Config:
     seed: torch_seed = 0        # of all random numbers
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"   # cpu, cuda, cuda:1, mps
     amp: Literal["no", "bf16", "fp16"] = "no"   # autocast
-    gradient_checkpointing: bool = False    # a third more time, for the memory of a small card
+    gradient_checkpointing: bool = False    # computes features twice, to keep fewer of them
     features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
     eval_every: positive = 4.0  # kimg between rows of log.csv, grids and curve.png
     eval_n: count = 2000        # samples for a row
@@ -134,7 +134,8 @@ class Distiller:
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)
-        self.level = torch.zeros(bins, device=cfg.device)  # log r's running mean; --part's log w
+        self.level = torch.zeros(bins, device=cfg.device)  # running mean at each noise level: of
+        #                                       log r with --norm level, of the weight with --part
         self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                          # of what happened since the last row
@@ -173,7 +174,7 @@ class Distiller:
         x_t.requires_grad_(needs_slope)
         with torch.set_grad_enabled(needs_slope), self.autocast():
             D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
-        log_r = -logits.mean((1, 2))[:, None, None, None]       # l = log p/q           # line 9
+        log_r = -logits.mean((1, 2))[:, None, None, None]   # l = log p/q of an image   # line 9
         if cfg.gan:                     # -log D of an image; step's mean is over numbers  line 13
             slope = cfg.gan * x_t[0].numel() * self.slope(F.softplus(log_r), x_t)
         if cfg.teacher_free:                                    # Eq. (37), its sign corrected
@@ -383,7 +384,7 @@ def parse(argv):
     if world() > 1 and chosen.get("device", Config.device) == "cuda":
         chosen["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**chosen)
-    h = f"{cfg.h}{cfg.lam:g}" if cfg.h == "sba" else cfg.h
+    h = f"sba_{cfg.lam:g}" if cfg.h == "sba" else cfg.h
     return cfg, out or Path("runs") / f"{preset}_{h}", resume
 
 

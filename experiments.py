@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 TOY = Script("toy2d.py", toy2d.Config, toy2d.parse)
 CIFAR = Script("cifar_distill.py", cifar_distill.Config, cifar_distill.parse)
 
-PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "ess")
+PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "log_r_low", "ess")
 IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score")
 HELD, LOOSE = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
 
@@ -100,6 +100,7 @@ PLANE_HELP = {
     "sba_5_ess_0.5": "--h sba --lam 5 --ess 0.5", "sba_5_ess_0.9": "--h sba --lam 5 --ess 0.9",
     "sba_5_ess_0.95": "--h sba --lam 5 --ess 0.95",
     "sba_10_ess_0.95": "--h sba --lam 10 --ess 0.95",
+    "ls_coarse": "--h ls --sigma-min 0.15", "sba_5_coarse": "--h sba --lam 5 --sigma-min 0.15",
 }
 PLANE_REST = {
     "kl_grid": "--h kl --target grid25", "be_grid": "--h be --target grid25",
@@ -126,7 +127,7 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones; "" 
     "upside_down": "", "through": "", "fine": "--h kl --t-min 0 --t-max 0.3",
     "untempered": "--h sba --lam 5 --norm batch --ess 0", "fast": "--h kl --lr-g 3e-3",
 }
-STEPS = {"kl": "--h kl", "kl_2": "--h kl --nfe 2", "kl_4": "--h kl --nfe 4"}
+STEPS = {"kl": "--h kl", "kl_2": "--h kl --nfe 2", "kl_4": "--h kl --nfe 4"}    # evaluations
 GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
@@ -145,7 +146,7 @@ GROUPS = {
         f"{line}_{lam:g}": f"--h sba --lam {lam:g} {options}".strip()
         for line, (options, several) in LINES.items() for lam in several}, PLANE, seeds=5),
     "page": Group("the page's runs", TOY, PAGE, PLANE, seeds=1),
-    "every_h": Group("every h on the ring", TOY, EVERY_H, PLANE, seeds=5),
+    "every_h": Group("every h on the ring", TOY, EVERY_H | {"srkl": "--h srkl"}, PLANE, seeds=5),
     "plane_ratio": Group("learning the ratio", TOY, PLANE_RATIO, PLANE),
     "plane_help": Group("what helps SBA 5", TOY, PLANE_HELP, PLANE),
     "plane_nfe": Group("students of more evaluations", TOY, STEPS, PLANE),
@@ -153,12 +154,10 @@ GROUPS = {
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
     "images": Group("16,000 images, weights held", CIFAR,
-                    THREE | {"kl_gan": f"--h kl --gan {GAN}"}, HELD,
+                    THREE | {"kl_gan": f"--h kl --gan {GAN}"} | STEPS, HELD,
                     "--kimg 16 --eval-every 2"),
     "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, HELD,
                             "--kimg 6 --eval-every 2"),
-    "images_nfe": Group("students of more evaluations", CIFAR, STEPS, HELD,
-                        "--kimg 16 --eval-every 2"),
     "health": Group("is it working?", CIFAR, HEALTH, LOOSE, "--kimg 6 --eval-every 1",
                     seeds=1),
     "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, LOOSE,
@@ -181,27 +180,32 @@ GROUPS = {
 
 # ----------------------------------------------------------------------------------- the pictures
 
-def lambda_picture(rows):
-    """Is it the divergence, the classifier or the batch that drops modes? Below, parts apart."""
-    about = ("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)
+ABOUT = ("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)
 
-    def points(line, several):
-        """lambda -> {key: a value a seed}, of the runs that have results."""
-        found = {lam: f"{line}_{lam:g}" for lam in several}
-        return {lam: {key: values_of(rows, row, key) for key, *_ in about}
-                for lam, row in found.items() if row in rows}
-    lines = {
-        "learned ratio, batch 256": ("#cb181d", points("learned_256", SOME)),
-        "learned ratio, batch 1024": ("#fd8d3c", points("learned_1024", SOME)),
-        "exact ratio, batch 256": ("#08519c", points("exact_256", SOME)),
-        "exact ratio, batch 1024": ("#41b6c4", points("exact_1024", SOME)),
-    }
-    bars = {
-        "both": ("#cb181d", points("learned_256", PARTED)),
-        "noise levels alone": ("#969696", points("level", PARTED)),
-        "samples alone": ("#238b45", points("sample", PARTED)),
-    }
-    return lambdas(lines, bars, about)
+
+def of_lambda(rows, line):
+    """lambda -> {key: a value a seed}, of the runs of one of LINES that have results."""
+    found = {lam: f"{line}_{lam:g}" for lam in LINES[line][1]}
+    return {lam: {key: values_of(rows, row, key) for key, *_ in ABOUT}
+            for lam, row in found.items() if row in rows}
+
+
+def lambda_picture(rows):
+    """Is it the divergence, the classifier or the batch that drops modes?"""
+    return lambdas({
+        "learned r, batch 256": ("#cb181d", "-", of_lambda(rows, "learned_256")),
+        "learned r, batch 1024": ("#cb181d", ":", of_lambda(rows, "learned_1024")),
+        "exact r, batch 256": ("#2166ac", "-", of_lambda(rows, "exact_256")),
+        "exact r, batch 1024": ("#2166ac", ":", of_lambda(rows, "exact_1024"))}, ABOUT)
+
+
+def parts_picture(rows):
+    """Which part of the weight drops modes?"""
+    both = {lam: p for lam, p in of_lambda(rows, "learned_256").items() if lam in PARTED}
+    return lambdas({
+        "the whole weight": ("#cb181d", "-", both),
+        "between noise levels": ("#969696", "-", of_lambda(rows, "level")),
+        "within a noise level": ("#238b45", "-", of_lambda(rows, "sample"))}, ABOUT, bars=True)
 
 
 def students(rows, title):
@@ -266,7 +270,8 @@ PICTURES = {        # file in figures/ -> group, what draws it; most groups on i
     name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR
 } | {
     "strip": ("every_h", strip_picture), "toy2d_modes": ("every_h", modes_picture),
-    "plane_lam": ("plane_lam", lambda_picture), "exercises": ("exercises", exercises_picture),
+    "plane_lam": ("plane_lam", lambda_picture), "plane_parts": ("plane_lam", parts_picture),
+    "exercises": ("exercises", exercises_picture),
     "images_every_h": ("images_every_h", dots_picture), "health": ("health", health_picture),
 }
 COPIES = {          # pictures that a run draws itself

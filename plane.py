@@ -1,8 +1,8 @@
 """The plane, where the truth is known: teachers that are formulas, and any student's density.
 
 A mixture of Gaussians stays one under noise, so p_sigma and its score are exact at every noise
-level. q_sigma of a student x = G(z) is known by cells of the latent plane, to a few hundredths of
-its logarithm at nearly all samples (tests/test_plane.py holds it to brute force).
+level. q_sigma of a student x = G(z) is known by cells of the latent plane: with 128 on an axis to a
+few hundredths of its logarithm at nearly all samples (tests/test_plane.py holds it to brute force).
 """
 import math
 

@@ -28,7 +28,7 @@ from plane import REWARDS, TARGETS, log_q, mode_statistics
 from plumbing.files import claim
 from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real, share,
                               torch_device, torch_seed, validate)
-from plumbing.plane_run import FRAME_SIGMAS, name_of, snapshot, tell, write
+from plumbing.plane_run import FRAME_SIGMAS, Film, name_of, tell, write
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -42,7 +42,7 @@ def mlp(n_in, n_out, width, activation):
 
 
 class FakeScore(nn.Module):
-    """psi and eta in one network: the student's denoiser and the classifier's logit.
+    """psi and eta in one network: the student's denoiser (fake score) and the classifier's logit.
 
     D_fake = D_real + c_out F starts as the teacher's denoiser, copyWeights(phi) for a teacher
     that is a formula; F is all that has to be learned, the gap between two scores.
@@ -78,7 +78,7 @@ class FakeScore(nn.Module):
 
 @dataclass
 class Config:
-    h: Literal[bregman.NAMES] = "kl"    # a row of Table 1: lr kl be ls sba srkl hellinger jeffreys
+    h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
     target: Literal[tuple(TARGETS)] = "ring8"   # the teacher: ring8 grid25 uneven8
     seed: torch_seed = 0        # of all random numbers
@@ -152,10 +152,10 @@ class Distiller:
         """Lines 3 to 22, once."""
         b = self.draw()
         self.set_rates()
-        x = self.G(self.start(b.z, b.before, self.G))                   # lines 4, 5  (n, 2)
+        x = self.G(self.start(b))                                       # lines 4, 5  (n, 2)
         x_t = x.detach() + b.sigma * b.noise                                            # line 7
-        gap, slope, log_r = self.compare(x_t, b)                                        # lines 8, 9
-        w = self.weigh(log_r)                                                           # line 10
+        gap, slope, log_r = self.compare(x_t, b)    # s_psi - s_phi, 0, log q/p         # lines 8, 9
+        w = self.weigh(log_r)                       # h''(r) r, of batch mean one       # line 10
         if self.cfg.reward:                                             # Eq. (35), sign corrected
             slope = slope - self.reward_slope(x_t, b)
         surrogate = (x * (w * gap + slope)).mean()      # its gradient is Eq. (4)'s + line 13's
@@ -164,14 +164,14 @@ class Distiller:
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                   # lines 16 to 22
 
     @torch.no_grad()
-    def start(self, z, before, G):
+    def start(self, b, G=None):
         """-> what G sees: z (n, 2). With --nfe K the K evaluations take turns as the last, those
         before it, of noise (k, n, 2), are not learned from, and each sees its noise level as well:
-        (n, 3)."""
+        (n, 3). G: another network than self.G."""
         if self.cfg.nfe == 1:
-            return z
-        for k, (noise, sigma) in enumerate(zip((*before, z), self.steps)):
-            x = G(u) if k else 0.0
+            return b.z
+        for k, (noise, sigma) in enumerate(zip((*b.before, b.z), self.steps)):
+            x = (G or self.G)(u) if k else 0.0
             u = F.pad(x / sigma + noise, (0, 1), value=sigma)
         return u
 
@@ -240,7 +240,7 @@ class Distiller:
         opt = torch.optim.Adam(G.parameters(), fused=True)
         for i in range(cfg.init_steps):
             opt.param_groups[0]["lr"] = 2e-3 * (1 - i / cfg.init_steps)
-            u = self.start(self.normal(512), self.normal(i % cfg.nfe, 512), self.teachers_denoiser)
+            u = self.start(self.latents(512, i % cfg.nfe), self.teachers_denoiser)
             self.descend(opt, (G(u) - self.teachers_denoiser(u)).square().mean())
         return G, fake
 
@@ -252,6 +252,10 @@ class Distiller:
     def normal(self, *shape):
         """Standard normal, (*shape, 2)."""
         return torch.randn(*shape, 2, generator=self.generator, device=self.cfg.device)
+
+    def latents(self, n, before):
+        """-> noise for n samples, and for so many evaluations before."""
+        return SimpleNamespace(z=self.normal(n), before=self.normal(before, n))
 
     def draw(self):
         """-> a step's random numbers."""
@@ -301,8 +305,7 @@ class Distiller:
     @torch.no_grad()
     def samples(self, n):
         """The averaged student's, (n, 2)."""
-        z, before = self.normal(n), self.normal(self.cfg.nfe - 1, n)
-        return self.averaged(self.start(z, before, self.averaged))
+        return self.averaged(self.start(self.latents(n, self.cfg.nfe - 1), self.averaged))
 
     def reward_slope(self, x_t, b):
         """w(t) h''(r*) grad r*, (n, 2), in units of the weights' batch mean.  Eq. (35)"""
@@ -315,8 +318,8 @@ class Distiller:
 
 @torch.no_grad()
 def compare_ratios(d, level, n):
-    """-> exact and learned log r, (n,) each, under q_sigma of the student that the classifier
-    follows, and the difference that halving the ruler's cells makes to the first, (n,)."""
+    """-> exact and learned log r under q_sigma of the student that the classifier follows, and the
+    ruler's own error, what half as many cells on an axis change in the first: (n,) each."""
     sigma = torch.full((n, 1), float(level), device=d.cfg.device)
     x_t = d.G(d.normal(n)) + sigma * d.normal(n)
     exact, learned = d.log_r(d.G, x_t, sigma), -d.fake.encode(x_t, sigma)
@@ -342,7 +345,7 @@ def measure(d):
         result["ruler_by_sigma"][key] = float(off.square().mean().sqrt())
         if d.needs_classifier():
             result["log_r_by_sigma"][key] = float((learned - exact).square().mean().sqrt())
-    if d.needs_classifier():                        # one level can't carry the median
+    if d.needs_classifier():                        # a median, which no single level decides
         result["log_r_error"] = float(np.median(list(result["log_r_by_sigma"].values())))
     return result
 
@@ -353,10 +356,7 @@ def distil(cfg, frames=24, points=200, bar=True):
     Raises FloatingPointError, naming step and noise level, for what is no longer finite."""
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    steps = np.ceil(np.geomspace(max(1, cfg.steps / 1000), cfg.steps, frames).round(6)).astype(int)
-    steps, shots = np.unique(steps), []
-    g = torch.Generator(cfg.device).manual_seed(cfg.seed)       # the same points in every frame
-    z, noise, *before = torch.randn(cfg.nfe + 1, points, 2, generator=g, device=cfg.device)
+    film = Film(cfg, frames, points)
     progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
     for i in progress:
         d.step()
@@ -367,13 +367,11 @@ def distil(cfg, frames=24, points=200, bar=True):
             seen.append(d.last["log_r"].cpu())
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
-        if i in steps:
-            shots.append(snapshot(d, z, before, noise))
+        film.look(d, i)
     result = dict(h=cfg.h, lam=cfg.lam, seed=cfg.seed) | measure(d)
     result |= dict(ess=float(np.mean([r["ess"] for r in history])), seconds=time.time() - start,
                    config=asdict(cfg), history=history)
-    x, log_r = map(np.array, zip(*shots))
-    return d, result, torch.cat(seen), dict(step=steps, x=x, log_r=log_r)
+    return d, result, torch.cat(seen), film.arrays()
 
 
 def parse(argv):

@@ -67,7 +67,9 @@ class Done:
 
     def numbers(self):
         """What tables show."""
-        return self.log[-1] if self.log else self.result
+        by_sigma = self.result.get("log_r_by_sigma") or {0: None}           # from the lowest up
+        low = {"log_r_low": by_sigma[min(by_sigma, key=float)]}
+        return self.log[-1] if self.log else self.result | low
 
     def until(self, kimg):
         """The same after so many thousand images, or None if it has no row there."""

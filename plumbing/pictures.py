@@ -36,28 +36,29 @@ def grid_of_axes(n, columns, height):
     return fig, axes.flat[:n]
 
 
-def lambdas(lines, bars, about):
-    """What runs gave against lambda: lines above, bars below, a column for each of `about`, (key,
-    title, upper limit). lines, bars: label -> (colour, {lambda: {key: a value a seed}})."""
-    fig, axes = pyplot().subplots(2, len(about), figsize=(12, 11), layout="constrained")
-    for column, (key, title, top) in zip(axes.T, about):
-        for ax, rows in zip(column, (lines, bars)):
-            ticks = sorted({lam for _, points in rows.values() for lam in points})
-            for i, (text, (colour, points)) in enumerate(rows.items()):
-                if not points:
-                    continue
-                aside, x = i - (len(rows) - 1) / 2, np.array([ticks.index(lam) for lam in points])
-                mean, std = np.array([mean_std(p[key]) for p in points.values()]).T
-                style = dict(yerr=std, color=colour, label=text, capsize=6)
-                if rows is lines:
-                    ax.errorbar(x + 0.06 * aside, mean, marker="o", ms=10, **style)
-                else:
-                    ax.bar(x + 0.25 * aside, mean, 0.25, **style)
-            ax.set_xticks(range(len(ticks)), [f"{lam:g}" for lam in ticks])
-            ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-               title="the weight and its parts")
+def lambdas(rows, about, bars=False):
+    """What runs gave against lambda, a panel for each of `about`, (key, title, upper limit), as
+    lines or as bars. rows: label -> (colour, line style, {lambda: {key: a value a seed}}). A bar of
+    one standard deviation stands where there is more than one seed."""
+    fig, (axes,) = pyplot().subplots(1, len(about), figsize=(12, 6.5), squeeze=False,
+                                     layout="constrained")
+    rows = {text: row for text, row in rows.items() if row[2]}
+    ticks = sorted({lam for *_, points in rows.values() for lam in points})
+    for ax, (key, title, top) in zip(axes, about):
+        for i, (text, (colour, line, points)) in enumerate(rows.items()):
+            seeds = [len(p[key]) for p in points.values()]
+            several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
+            aside, x = i - (len(rows) - 1) / 2, np.array([ticks.index(lam) for lam in points])
+            mean, std = np.array([mean_std(p[key]) for p in points.values()]).T
+            std[np.array(seeds) == 1] = np.nan
+            style = dict(yerr=std, color=colour, capsize=6, label=f"{text} (seeds: {several})")
+            if bars:
+                ax.bar(x + 0.25 * aside, mean, 0.25, **style)
+            else:
+                ax.errorbar(x + 0.08 * aside, mean, marker="o", ms=11, ls=line, **style)
+        ax.set_xticks(range(len(ticks)), [f"{lam:g}" for lam in ticks])
+        ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 

@@ -1,5 +1,6 @@
 """What a run of toy2d.py leaves behind: its frames, its folder, its words."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -10,18 +11,32 @@ from plumbing.plots import plane_run
 FRAME_SIGMAS = (0.05, 0.3, 1.5)
 
 
-@torch.no_grad()
-def snapshot(d, z, before, noise):
-    """The samples of noise z and, with several evaluations, before, float16 (n, 2); and their
-    log r as training would see it at FRAME_SIGMAS, (3, n)."""
-    log_r = []
-    for level in FRAME_SIGMAS:
-        sigma = torch.full((len(noise), 1), level, device=z.device)
-        x_t = d.G(d.start(z, before, d.G)) + sigma * noise
-        exact = d.cfg.ratio == "exact"
-        log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if exact else -d.fake.encode(x_t, sigma))
-    x = d.averaged(d.start(z, before, d.averaged))
-    return x.half().cpu().numpy(), torch.cat(log_r, 1).T.half().cpu().numpy()
+class Film:
+    """At `frames` steps of a run: `points` samples, of the same noise each time, float16 (points,
+    2), and their log r as training would see it at FRAME_SIGMAS, (3, points)."""
+
+    def __init__(self, cfg, frames, points):
+        steps = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, frames)
+        self.steps, self.x, self.log_r = np.unique(np.ceil(steps.round(6)).astype(int)), [], []
+        g = torch.Generator(cfg.device).manual_seed(cfg.seed)
+        z, self.noise, *before = torch.randn(cfg.nfe + 1, points, 2, generator=g, device=cfg.device)
+        self.latents = SimpleNamespace(z=z, before=before)
+
+    @torch.no_grad()
+    def look(self, d, step):
+        if step not in self.steps:
+            return
+        log_r = []
+        for level in FRAME_SIGMAS:
+            sigma = torch.full_like(self.noise[:, :1], level)
+            x_t = d.G(d.start(self.latents)) + sigma * self.noise
+            log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if d.cfg.ratio == "exact"
+                         else -d.fake.encode(x_t, sigma))
+        self.x.append(d.averaged(d.start(self.latents, d.averaged)).half().cpu().numpy())
+        self.log_r.append(torch.cat(log_r, 1).T.half().cpu().numpy())
+
+    def arrays(self):
+        return dict(step=self.steps, x=np.array(self.x), log_r=np.array(self.log_r))
 
 
 def name_of(h, lam):

@@ -82,7 +82,7 @@ def plane_run(title, x, target, result, seen, weight, scatter, path):
     other = ax.twinx()
     other.plot(log_r, weight(log_r), color="#cb181d")
     other.set(yscale="log")
-    other.set_ylabel("weight h''(r) r, clipped", color="#cb181d")
+    other.set_ylabel("weight h''(r) r, log r clipped", color="#cb181d")
     other.grid(False)
 
     ax, colours = axes[1, 0], ("#08519c", "#3182bd", "#9ecae1")
@@ -99,6 +99,6 @@ def plane_run(title, x, target, result, seen, weight, scatter, path):
     for key, label in (("mode_tv", "mode weights' TV"), ("on_mode", "share on a mode"),
                        ("ess", "effective sample size")):
         ax.plot(steps, [r[key] for r in result["history"]], label=label)
-    ax.set(xlabel="step", ylim=(0, 1.02))
-    ax.legend()
+    ax.set(xlabel="step", ylim=(0, 1.02), title="on the way")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     save_figure(fig, path)

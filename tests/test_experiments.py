@@ -63,7 +63,7 @@ def test_two_names_of_a_row_are_one_run():
         assert the("every_h", row).identity() == the("plane_lam", f"learned_256_{other}").identity()
     others = {run.identity() for run in runs_of(GROUPS, ["plane_lam"])}
     own = {run.row for run in runs_of(GROUPS, ["every_h"], 1) if run.identity() not in others}
-    assert own == {"sba_-0.5", "lr", "sba_10"}
+    assert own == {"sba_-0.5", "lr", "sba_10", "srkl"}
     assert the("every_h", "kl", 0).identity() != the("every_h", "kl", 1).identity()
 
 
@@ -267,6 +267,11 @@ def test_every_group_with_results_has_its_picture(tmp_path):
     for name, most in (("images", 2), ("images_every_h", 1)):
         for run in runs_of(GROUPS, [name], most):
             on_images(tmp_path, run, 1 + run.seed)
+    learns = dict(seen=9, fd_compact=2.0, is_compact=3.0, decayed=True)
+    guided = dict(value=2.0, variety=dict(precision=0.5, recall=0.5))
+    for name, record in (("curve_compact.jsonl", learns), ("w_1.5.json", guided)):
+        (tmp_path / "teacher").mkdir(exist_ok=True)
+        (tmp_path / "teacher" / name).write_text(json.dumps(record) + "\n")
     samples = tmp_path / the("images", "kl").folder / "samples.png"
     Image.new("RGB", (7, 5)).save(samples)
     figures = tmp_path / "figures"
@@ -276,7 +281,7 @@ def test_every_group_with_results_has_its_picture(tmp_path):
     assert sizes.pop("toy2d.gif") == (540, 300)
     assert set(sizes) == {f"{name}.png" for name in (
         "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h",
-        "images_nfe")}
+        "plane_parts", "teachers")}
     assert all(width >= 900 for width, _ in sizes.values())
 
 
@@ -297,9 +302,10 @@ def test_lambda_picture_shows_means_and_spreads(tmp_path):
     for seed, modes in enumerate((8, 5, 6)):
         in_the_plane(tmp_path, the("plane_lam", "exact_256_5", seed), modes, None)
         in_the_plane(tmp_path, the("plane_lam", "level_-1", seed), modes)
-    axes = experiments.lambda_picture(Results(tmp_path, GROUPS).rows("plane_lam")).axes
-    line, bar = axes[0].containers[0], axes[2].containers[-1]       # the only ones
-    assert line.get_label() == "exact ratio, batch 256"
+    rows = Results(tmp_path, GROUPS).rows("plane_lam")
+    line, = experiments.lambda_picture(rows).axes[0].containers
+    *_, bar = experiments.parts_picture(rows).axes[0].containers
+    assert line.get_label() == "exact r, batch 256 (seeds: 3)"
     assert line[0].get_ydata() == pytest.approx([19 / 3])
     low, high = line[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(statistics.stdev((8, 5, 6)))
