@@ -44,7 +44,7 @@ CIFAR = Script("cifar_distill.py", cifar_distill.Config, cifar_distill.parse)
 
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "log_r_low", "ess")
 IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "score")
-HELD, LOOSE = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
+HELD, UNHELD = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
 
 
 @dataclass(frozen=True)
@@ -158,23 +158,23 @@ GROUPS = {
                     "--kimg 16 --eval-every 2"),
     "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, HELD,
                             "--kimg 6 --eval-every 2"),
-    "health": Group("is it working?", CIFAR, HEALTH, LOOSE, "--kimg 6 --eval-every 1",
+    "health": Group("is it working?", CIFAR, HEALTH, UNHELD, "--kimg 6 --eval-every 1",
                     seeds=1),
-    "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, LOOSE,
+    "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, UNHELD,
                        "--kimg 16 --eval-every 2 --norm two-stage --ess 0 --batch 64 "
                        "--teacher pretrained/compact_teacher_cond.pt"),
     "paper_rates": Group("the rate of the paper's setting", CIFAR, {
         f"kl_{rate}": f"--h kl --lr-g {rate} --lr-f {rate}" for rate in RATES},
-        LOOSE, f"{PAPER} --kimg 20", seeds=1),
-    "paper_setting": Group("the paper's setting, nothing held", CIFAR, THREE, LOOSE,
+        UNHELD, f"{PAPER} --kimg 20", seeds=1),
+    "paper_setting": Group("the paper's setting, nothing held", CIFAR, THREE, UNHELD,
                            f"{RATED} --kimg 50", seeds=2),
-    "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, LOOSE,
+    "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, UNHELD,
                          f"{RATED} --kimg 50", seeds=1),
     "paper_long": Group("the paper's setting, 500,000 images", CIFAR,
-                        {k: EVERY_H[k] for k in ("kl", "sba_5")}, LOOSE,
+                        {k: EVERY_H[k] for k in ("kl", "sba_5")}, UNHELD,
                         f"{RATED} --kimg 500", seeds=2, named=True),
     "paper": Group("the paper's experiment", CIFAR, {k: EVERY_H[k] for k in ("kl", "sba_5")},
-                   LOOSE, "--preset paper", seeds=1, named=True),
+                   UNHELD, "--preset paper", seeds=1, named=True),
 }
 
 
@@ -241,7 +241,7 @@ def exercises_picture(rows):
 
 CURVES = {              # column of log.csv -> a panel's title
     "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
-    "score": "score", "precision": "precision", "recall": "recall", "log_r_std": "std of log r"}
+    "precision": "precision", "recall": "recall"}
 VITAL = {
     "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
     "log_r": "mean of log r", "ess": "effective sample size", "loss_score": "fake score's loss",
@@ -251,6 +251,10 @@ VITAL = {
 def curves_picture(rows, titles=CURVES):
     return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
                   titles)
+
+
+def unheld_picture(rows):
+    return curves_picture(rows, CURVES | {"log_r_std": "std of log r", "ess": "ESS of a batch"})
 
 
 def health_picture(rows):
@@ -267,7 +271,8 @@ def dots_picture(rows):
 
 
 PICTURES = {        # file in figures/ -> group, what draws it; most groups on images have curves
-    name: (name, curves_picture) for name, group in GROUPS.items() if group.script == CIFAR
+    name: (name, curves_picture if group.columns == HELD else unheld_picture)
+    for name, group in GROUPS.items() if group.script == CIFAR
 } | {
     "strip": ("every_h", strip_picture), "toy2d_modes": ("every_h", modes_picture),
     "plane_lam": ("plane_lam", lambda_picture), "plane_parts": ("plane_lam", parts_picture),
