@@ -411,7 +411,9 @@ def test_only_a_script_of_the_project_ends_at_once_while_it_loads(how, quiet, tm
     for script in ("x.py", "elsewhere/x.py"):
         (tmp_path / script).write_text(code)
     ran = subprocess.run([sys.executable, *how], cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(tmp_path)})
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                         # a shell's job in the background inherits that SIGINT is ignored
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert ran.stdout == f"{quiet}\n", ran.stderr
 
 
