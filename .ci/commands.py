@@ -31,6 +31,8 @@ TINY = {        # what makes a command short, by the words that it starts with; 
                         "--preview 1 --save-every 0.016",
     "toy2d.py": PLANE,
     "edm.py train --data pictures": "--kimg 0.032 --batch 16 --preview 1",
+    "edm.py train --config compact-cond": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
+                                          "pretrained/compact_teacher_cond_samples.zip",
     "edm.py train": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
                     "pretrained/compact_teacher_samples.zip",
     "edm.py sample": "-n 4 --steps 4",
