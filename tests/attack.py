@@ -448,6 +448,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the folder that it worked in")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through `finally`
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores it
     torch.set_num_threads(1)
     pyplot()
     start, done = time.monotonic(), []
