@@ -27,8 +27,8 @@ from edm import edm_loss, few_steps, half_life_to_beta, karras, load_guided, stu
 from ncsnpp import c_out
 from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
-from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real, share,
-                              text, torch_device, torch_seed, validate)
+from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real,
+                              row_name, share, text, torch_device, torch_seed, validate)
 from plumbing.teachers import beside, check_labels, shipped
 from plumbing.weights import check_form
 
@@ -384,8 +384,7 @@ def parse(argv):
     if world() > 1 and chosen.get("device", Config.device) == "cuda":
         chosen["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**chosen)
-    h = f"sba_{cfg.lam:g}" if cfg.h == "sba" else cfg.h
-    return cfg, out or Path("runs") / f"{preset}_{h}", resume
+    return cfg, out or Path("runs") / f"{preset}_{row_name(cfg.h, cfg.lam)}", resume
 
 
 def main(argv):

@@ -302,12 +302,12 @@ def draw(results, figures):
 
 
 def draw_teachers(folder, figures):
-    """A teacher's samples while it learns, and guided; pretrained/README.md has the commands."""
-    learning = {file.stem.removeprefix("curve_"): [*map(json.loads, file.open())]
-                for file in sorted(folder.glob("curve_*.jsonl"))}
-    guided = {float(file.stem.removeprefix("w_")): json.loads(file.read_text())
-              for file in folder.glob("w_*.json")}
-    if learning and guided:
+    """The compact teacher's samples while it learned, and guided at noise levels 0.3 to 2."""
+    if folder.exists():
+        learning, tries = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
+                           for name in ("curve_compact.jsonl", "guidance.jsonl"))
+        guided = [row for row in tries if row["tag"] == "final" and (
+            row["weak"] == "none" or (row["low"], row["high"]) == (0.3, 2.0))]
         save_figure(teachers(learning, guided), figures / "teachers.png", dpi=100)
 
 

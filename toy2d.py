@@ -26,9 +26,9 @@ from tqdm import tqdm
 import bregman
 from plane import REWARDS, TARGETS, log_q, mode_statistics
 from plumbing.files import claim
-from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real, share,
-                              torch_device, torch_seed, validate)
-from plumbing.plane_run import FRAME_SIGMAS, Film, name_of, tell, write
+from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real,
+                              row_name, share, torch_device, torch_seed, validate)
+from plumbing.plane_run import FRAME_SIGMAS, Film, tell, write
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -154,7 +154,7 @@ class Distiller:
         self.set_rates()
         x = self.G(self.start(b))                                       # lines 4, 5  (n, 2)
         x_t = x.detach() + b.sigma * b.noise                                            # line 7
-        gap, slope, log_r = self.compare(x_t, b)    # s_psi - s_phi, 0, log q/p         # lines 8, 9
+        gap, slope, log_r = self.compare(x_t, b)    # w(t) (s_psi - s_phi), 0, log r    # lines 8, 9
         w = self.weigh(log_r)                       # h''(r) r, of batch mean one       # line 10
         if self.cfg.reward:                                             # Eq. (35), sign corrected
             slope = slope - self.reward_slope(x_t, b)
@@ -381,7 +381,7 @@ def parse(argv):
     parser.add("out", path, None, "the run's folder (runs/toy2d_H)")
     args = vars(parser.parse_args(argv))
     out, cfg = args.pop("out"), Config(**args)
-    return cfg, out or path("runs/toy2d_" + name_of(cfg.h, cfg.lam).lower().replace(" ", "_"))
+    return cfg, out or path(f"runs/toy2d_{row_name(cfg.h, cfg.lam)}")
 
 
 def main(argv):

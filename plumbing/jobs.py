@@ -67,9 +67,9 @@ class Done:
 
     def numbers(self):
         """What tables show."""
-        by_sigma = self.result.get("log_r_by_sigma") or {0: None}           # from the lowest up
-        low = {"log_r_low": by_sigma[min(by_sigma, key=float)]}
-        return self.log[-1] if self.log else self.result | low
+        by_sigma = self.result.get("log_r_by_sigma", {})
+        low = by_sigma.get(min(by_sigma, key=float, default=None))
+        return self.log[-1] if self.log else self.result | {"log_r_low": low}
 
     def until(self, kimg):
         """The same after so many thousand images, or None if it has no row there."""

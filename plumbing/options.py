@@ -51,6 +51,11 @@ def evaluations(value):
     return _number(value, int, lambda v: 1 <= v <= 16, "a whole number from 1 to 16")
 
 
+def row_name(h, lam):
+    """A row of Table 1 as folders and tables call it: kl, sba_5."""
+    return f"sba_{lam:g}" if h == "sba" else h
+
+
 def torch_seed(value):
     """A seed of torch's: an integer from 0 to 2^53, up to which a float holds them all."""
     return _number(value, int, lambda v: 0 <= v <= 2 ** 53, "a whole number from 0 to 2^53")

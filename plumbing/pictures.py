@@ -138,29 +138,28 @@ def dots(rows, title):
 
 
 def teachers(learning, guided):
-    """What training and guidance do to a teacher's samples. learning: name -> rows of its curve,
-    with the images seen; guided: w -> what fid.py --json prints."""
-    fig, axes = pyplot().subplots(2, 2, figsize=(12, 11), layout="constrained")
+    """What training and guidance do to a teacher's samples. learning: rows of results/teacher's
+    curve_compact.jsonl, guided: of its guidance.jsonl, one for each w."""
+    fig, axes = pyplot().subplots(2, 2, figsize=(12, 10), layout="constrained")
+    learning = sorted(learning, key=lambda r: r["seen"])
+    guided = sorted(guided, key=lambda r: r["w"])
+    seen, w = [r["seen"] / 1e6 for r in learning], [r["w"] for r in guided]
     for ax, key, title in zip(axes[0], ("fd_compact", "is_compact"), ("FD-compact", "IS-compact")):
-        for i, (name, rows) in enumerate(learning.items()):
-            rows, colour = sorted(rows, key=lambda row: row["seen"]), ("#000000", *OTHER)[i]
-            ax.plot([r["seen"] / 1e6 for r in rows], [r[key] for r in rows], "o-", color=colour,
-                    label=name)
-            ends = [r for r in rows if r["decayed"]]
-            ax.plot([r["seen"] / 1e6 for r in ends], [r[key] for r in ends], "*", ms=24,
-                    color=colour, label="after the decay" if not i else None)
+        values = [r[key] for r in learning]
+        ax.plot(seen, values, "o-", ms=11, color="#000000")
+        for r, x, y in zip(learning, seen, values):
+            if r["decayed"]:
+                ax.plot(x, y, "*", ms=26, color="#cb181d", label="after the rate fell to 0")
         ax.set(xlabel="images seen (millions)", title=f"{title}, not guided")
     axes[0, 0].legend()
-    ws = sorted(guided)
-    distance = [guided[w]["value"] for w in ws]
-    recall, precision = ([guided[w]["variety"][key] for w in ws] for key in ("recall", "precision"))
-    axes[1, 0].plot(ws, distance, "o-", color="#000000")
-    axes[1, 0].set(xlabel="w, 1 is not guided", title="FD-compact, guided")
-    axes[1, 1].plot(recall, precision, "o-", color="#000000")
-    for w, x, y in zip(ws, recall, precision):
-        axes[1, 1].annotate(f"w = {w:g}", (x, y), (8, 8), textcoords="offset points")
+    axes[1, 0].plot(w, [r["fd"] for r in guided], "o-", ms=11, color="#000000")
+    axes[1, 0].set(xlabel="w (1: not guided)", title="FD-compact, guided")
+    recall, precision = ([r[key] for r in guided] for key in ("recall", "precision"))
+    axes[1, 1].plot(recall, precision, "o-", ms=11, color="#000000")
+    for at, x, y in zip(w, recall, precision):
+        axes[1, 1].annotate(f"w = {at:g}", (x, y), (9, 9), textcoords="offset points")
     axes[1, 1].set(xlabel="recall", ylabel="precision", title="what guidance trades")
-    axes[1, 1].margins(0.25)
+    axes[1, 1].margins(0.35)
     return fig
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from plumbing.files import atomic
+from plumbing.options import row_name
+from plumbing.pictures import label
 from plumbing.plots import plane_run
 
 FRAME_SIGMAS = (0.05, 0.3, 1.5)
@@ -39,15 +41,11 @@ class Film:
         return dict(step=self.steps, x=np.array(self.x), log_r=np.array(self.log_r))
 
 
-def name_of(h, lam):
-    return f"SBA {lam:g}" if h == "sba" else h.upper()
-
-
 def write(folder, d, result, seen, frames, scatter):
     """picture.png, samples.npy (3000, 2), frames.npz and, last, result.json."""
-    plane_run(name_of(d.cfg.h, d.cfg.lam), d.samples(4000).cpu(), d.target.to("cpu"), result, seen,
-              lambda log_r: d.h.weight(log_r.clamp(-d.cfg.clip, d.cfg.clip)), scatter,
-              folder / "picture.png")
+    name, clip = label(row_name(d.cfg.h, d.cfg.lam)), d.cfg.clip
+    plane_run(name, d.samples(4000).cpu(), d.target.to("cpu"), result, seen,
+              lambda log_r: d.h.weight(log_r.clamp(-clip, clip)), scatter, folder / "picture.png")
     with atomic(folder / "samples.npy") as tmp:
         np.save(tmp, d.samples(3000).cpu().numpy().astype(np.float16))
     with atomic(folder / "frames.npz") as tmp:

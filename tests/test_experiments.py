@@ -268,9 +268,9 @@ def test_every_group_with_results_has_its_picture(tmp_path):
         for run in runs_of(GROUPS, [name], most):
             on_images(tmp_path, run, 1 + run.seed)
     learns = dict(seen=9, fd_compact=2.0, is_compact=3.0, decayed=True)
-    guided = dict(value=2.0, variety=dict(precision=0.5, recall=0.5))
-    for name, record in (("curve_compact.jsonl", learns), ("w_1.5.json", guided)):
-        (tmp_path / "teacher").mkdir(exist_ok=True)
+    guided = dict(tag="final", weak="none", w=1, fd=2.0, precision=0.5, recall=0.5)
+    (tmp_path / "teacher").mkdir()
+    for name, record in (("curve_compact.jsonl", learns), ("guidance.jsonl", guided)):
         (tmp_path / "teacher" / name).write_text(json.dumps(record) + "\n")
     samples = tmp_path / the("images", "kl").folder / "samples.png"
     Image.new("RGB", (7, 5)).save(samples)
