@@ -51,15 +51,16 @@ class FakeScore(nn.Module):
 
     def __init__(self, teacher, width, head="linear"):
         super().__init__()
-        self.teacher, self.net, self.head = teacher, mlp(3, 3, width, nn.SiLU), head
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        self.teacher, self.head, net = teacher, head, mlp(3, 3, width, nn.SiLU)
+        self.encoder, self.last = net[:-2], net[-2:]
+        nn.init.zeros_(self.last[-1].weight)
+        nn.init.zeros_(self.last[-1].bias)
 
     def outputs(self, x, sigma):
         """-> F (N, 2) and the logit l (N, 1) of p against q at noise level sigma."""
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()
-        features = self.net[:-2](torch.cat([c_in * x, sigma.log() / 2], 1))     # (N, width), before
-        y = self.net[-2:](features)                 # the last SiLU, whose mean is hardly below 0
+        features = self.encoder(torch.cat([c_in * x, sigma.log() / 2], 1))      # (N, width), before
+        y = self.last(features)                     # the last SiLU, whose mean is hardly below 0
         return y[:, :2], y[:, 2:] if self.head == "linear" else features.mean(1, keepdim=True)
 
     def forward(self, x, sigma, return_logits=False):
