@@ -72,7 +72,6 @@ TABLE_1 = {
                     lambda r, lam: (r - 1) * r.log() - r,
                     lambda log_r, lam: torch.logaddexp(torch.zeros_like(log_r), -log_r)),
 }
-TABLE_1 |= {"rkl": TABLE_1["kl"], "fkl": TABLE_1["be"], "js": TABLE_1["lr"]}    # f-distill's names
 NAMES = tuple(TABLE_1)
 
 
@@ -106,7 +105,7 @@ class Bregman:
 def get(name, lam=5.0):
     """The Bregman divergence `name`, one of NAMES in any case; lam, in [-50, 50], is SBA's alone.
 
-    Raises ValueError for an unknown name, or a lam beyond which no float32 weight would survive.
+    Raises ValueError for an unknown name, or a lam out of that range.
     """
     if str(name).lower() not in TABLE_1:
         raise ValueError(f"unknown h {name!r}, not one of {' '.join(NAMES)}")
@@ -140,7 +139,7 @@ def two_stage(log_r, bins=10):
     """f-distill's first stage: u = 1/r in [0.1, 20], over its mean in its noise level's bin.
     log_r: (n,), sorted by noise level, so that bins are slices. Returns -log of that u, (n,); the
     second stage is batch_weights."""
-    u = (-log_r.clamp(-10, 10)).exp().clamp(0.1, 20)
+    u = (-log_r).exp().clamp(0.1, 20)
     return torch.cat([(part.mean() / part).log() for part in u.tensor_split(bins)])
 
 

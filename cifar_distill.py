@@ -12,6 +12,7 @@ from plumbing.run import (all_mean, check_finite, first_process_first, gather, r
 import argparse
 import copy
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real,
                               row_name, share, text, torch_device, torch_seed, validate)
-from plumbing.teachers import beside, check_labels, shipped
+from plumbing.teachers import beside, check_labels
 from plumbing.weights import check_form
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +72,7 @@ class Config:
     part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
-    gan: nonnegative = 0.0      # w_GAN, line 13
+    gan: nonnegative = 0.0      # w_GAN, line 13: of an image's loss; line 8's is a number's
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0        # bound on each gradient value of the fake network, 0: none
@@ -90,6 +91,8 @@ class Config:
         bregman.get(self.h, self.lam)
         if self.t_min >= self.t_max:
             raise ValueError("--t-min must be below --t-max")
+        if self.teacher_free and self.w_t == "dmd":
+            raise ValueError("--teacher-free has no D_real, which --w-t dmd needs")
         if self.part != "both" and self.norm != "batch":
             raise ValueError(f"--part {self.part} goes with --norm batch")
         if self.norm == "two-stage" and self.batch < 20:
@@ -101,7 +104,7 @@ class Config:
 PRESETS = {
     "compact": {},                                      # the defaults above: two cores, no network
     "smoke": dict(kimg=0.256, batch=16, wait_kimg=0.064, eval_every=0.128, eval_n=200, preview=16),
-    "paper": dict(                                      # Appendix D; SiDA's settings for the rest
+    "paper": dict(                                      # Appendix D; the rest: SiDA, f-distill, DMD
         h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", guide="none", data="cifar10",
         kimg=15_000, batch=256, lr_g=1e-5, lr_f=1e-5, decay_kimg=0, wait_kimg=100, ema_kimg=500,
         p_mean=-1.2, p_std=1.2, norm="batch", w_t="dmd", t_min=0.0, clip=10, ess=0.0, grad_clip=1.0,
@@ -112,7 +115,8 @@ PRESETS = {
 # ------------------------------------------------------------------------------------- Algorithm 1
 
 class Distiller:
-    """Algorithm 1; the line numbers are the paper's. p is the teacher's density, q the student's.
+    """Algorithm 1; the line numbers are the paper's. p is the teacher's density, q the student's;
+    a guided teacher's score is no density's, and p is then that of its samples.
 
     images: uint8 (N, C, H, W), labels: int64 (N,) if the teacher has classes. Each process draws
     the random numbers of the whole batch and takes its share, so that their number changes nothing.
@@ -138,7 +142,7 @@ class Distiller:
         #                                       log r with --norm level, of the weight with --part
         self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
-        self.sums = {}                          # of what happened since the last row
+        self.sums = {}                      # of what was logged since the last row: Loop empties it
 
     def step(self):
         """Lines 3 to 22, once."""
@@ -315,10 +319,8 @@ class Distiller:
             self.sums[name] = self.sums.get(name, 0) + now
 
     def averages(self):
-        """-> the means of what was logged since the last call, as numbers."""
-        means = {k: (v[0] / v[1]).item() for k, v in self.sums.items()}
-        self.sums = {}
-        return means
+        """-> the means of what was logged since the last row, as numbers."""
+        return {k: (v[0] / v[1]).item() for k, v in self.sums.items()}
 
     def state(self):
         """All that a resumed run needs."""
@@ -343,11 +345,14 @@ class Distiller:
 
 def load_all(cfg):
     """-> teacher, images, labels."""
-    guide = cfg.guide if cfg.guide == "self" else beside(cfg.teacher, cfg.guide, "_young.pt")
     with first_process_first():
-        teacher = load_guided(shipped(cfg.teacher), guide, cfg.w, cfg.guide_low, cfg.guide_high)
+        teacher = load_guided(cfg.teacher, cfg.guide, cfg.w, cfg.guide_low, cfg.guide_high)
         data = beside(cfg.teacher, cfg.data, "_samples.zip", needed=True)
         images, labels = load_images(data)
+    asked, own = ([vars(c)[k] for k in ("guide", "w", "guide_low", "guide_high")]
+                  for c in (cfg, Config()))
+    if cfg.data == "own" and asked != own and rank() == 0:
+        print("the teacher's own --data and --bank are of another guidance", file=sys.stderr)
     if tuple(images.shape[1:]) != (3, 32, 32):
         raise ValueError(f"{data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
     if teacher.label_dim:

@@ -10,7 +10,7 @@
 
 5,000 samples of the shipped teacher, guided, have FD-compact 2.1 to CIFAR-10 (results/fid.txt).
 """
-from plumbing.run import check_finite, run_main, tune_cpu
+from plumbing.run import check_finite, run_main, tune_cpu, world
 
 import math
 import time
@@ -28,7 +28,7 @@ from plumbing.files import reading, save_atomic
 from plumbing.loop import Loop, folder, take_up
 from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share, text,
                               torch_device, torch_seed, validate, whole)
-from plumbing.teachers import check_labels, load_teacher, student_options
+from plumbing.teachers import beside, check_labels, found, load_teacher, student_options
 from plumbing.weights import check_form
 
 IMAGE = (3, 32, 32)
@@ -109,7 +109,7 @@ def sample(net, n, steps=18, levels=None, seed=0, batch=64, labels=None, progres
     """
     device = next(net.parameters()).device
     images, c = torch.empty(n, *IMAGE, dtype=torch.uint8), None
-    streams = [torch.Generator().manual_seed(seed + (k << 53)) for k in range(len(levels or [0]))]
+    streams = [torch.Generator().manual_seed(seed + (k << 28)) for k in range(len(levels or [0]))]
     if labels is None and net.label_dim:
         labels = torch.arange(n) % net.label_dim
     if labels is not None:
@@ -163,15 +163,17 @@ class Guided(nn.Module):
         return torch.where(inside, D_weak + self.w * (D_good - D_weak), D_good)
 
 
-def load_guided(teacher, guide, w, low=0.0, high=math.inf):
-    """-> Guided, or the teacher alone for an empty `guide`, on the CPU.
+def load_guided(teacher, guide="own", w=2.0, low=0.3, high=5.0):
+    """-> Guided, or the teacher alone, on the CPU.
 
-    teacher: what load_teacher takes. guide: the same, or "self". Raises ValueError or OSError.
+    teacher: what load_teacher takes. guide: weaker weights, likewise; "self": the teacher without
+    its label; "none"; "own": TEACHER_young.pt, where there is one. Raises ValueError or OSError.
     """
-    teacher = load_teacher(teacher)
-    if not guide:
-        return teacher
-    return Guided(teacher, None if guide == "self" else load_teacher(guide), w, low, high)
+    weak = guide if guide == "self" else beside(teacher, guide, "_young.pt")
+    good = load_teacher(teacher)
+    if not weak:
+        return good
+    return Guided(good, None if weak == "self" else load_teacher(weak), w, low, high)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -205,6 +207,8 @@ class TrainConfig:
             raise ValueError(f"--decay {self.decay:g} is longer than the run, --kimg {self.kimg:g}")
         if self.label_dropout and not CONFIGS[self.config].get("label_dim"):
             raise ValueError(f"--label-dropout: the network {self.config} has no labels")
+        if world() > 1:
+            raise ValueError("edm.py train is one process: without torchrun")
 
 
 FREE = ("kimg", "decay", "device", "save_every", "preview")     # may change when a run goes on
@@ -360,7 +364,8 @@ def parse(argv):
     p.add_argument("checkpoint", type=text, help="a file, a URL, or a name of NVIDIA's")
     p.add_argument("-n", type=count, default=64, help="how many images (64)")
     p.add("steps", count, 18, "Heun's; each but the last evaluates the network twice")
-    p.add("guide", str, "", "a weaker teacher that guides this one, or self: without its labels")
+    p.add("guide", text, "own", "weaker weights that guide it, self: without its labels, none, or "
+          "own: TEACHER_young.pt, where there is one")
     p.add("w", real, 2.0, "the guidance: 1 is none")
     p.add("guide_low", nonnegative, 0.3, "the lowest noise level that is guided")
     p.add("guide_high", nonnegative, 5.0, "and the highest")
@@ -379,10 +384,10 @@ def main(argv):
         return train(cfg, args.out, args.resume)
 
     net = load_guided(args.checkpoint, args.guide, args.w, args.guide_low, args.guide_high)
-    net, student = net.to(args.device), student_options(args.checkpoint)
+    net, student = net.to(args.device), student_options(found(args.checkpoint))
     levels = student_levels(*student) if student else None
     start = time.monotonic()
-    labels = torch.arange(args.n) % net.label_dim if net.label_dim else None
+    labels = torch.arange(args.n) % net.label_dim if net.label_dim else None    # they take turns
     images = sample(net, args.n, args.steps, levels, args.seed, args.batch, labels, progress=True)
     if args.out.suffix in (".npz", ".zip"):
         save_images(images, args.out, labels)

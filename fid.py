@@ -252,10 +252,11 @@ def bias(a, b):
 
     The distance is linear in 1/N (Chong & Forsyth 2020, arXiv 1911.07023), so what halving the set
     adds is what doubling it, again and again, would take away. None where a half has no more
-    images than there are features, since there the line does not hold; 0 for statistics alone.
+    images than there are features, since there the line does not hold, or for fewer than 50,000
+    whose features are not at hand; 0 for other statistics.
     """
     if a.features is None or len(a.features) != a.n:
-        return 0.0
+        return 0.0 if a.n is None or a.n >= 50_000 else None
     if a.n // 2 <= len(a.mu):
         return None
     halves = [frechet(*stats(half), b.mu, b.sigma) for half in shuffled(a.features).tensor_split(2)]
@@ -308,7 +309,8 @@ def train(argv, device):
         net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
         save(measure(images, net), args.out / REFERENCE.name)
         right = extract(test_images, net)[1].argmax(1) == test_labels
-        print(f"{right.double().mean():.4f} of the test images right: {weights}")
+        which = "training" if torch.equal(images, test_images) else "test"      # without a split
+        print(f"{right.double().mean():.4f} of the {which} images right: {weights}")
 
 
 def main(argv):

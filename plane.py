@@ -42,25 +42,17 @@ class Mixture:
         noise = torch.randn(n, 2, generator=generator, device=self.means.device)
         return self.means[k] + self.std * noise
 
-    def _log_tilted(self, a):
-        """log of E[exp(a x)] in each mode, times the mode's weight: (K,)."""
-        return self.weights.log() + self.means @ a + self.std ** 2 * a.square().sum() / 2
-
     def tilt(self, a):
         """p*(x) ~ R(x) p(x), Eq. (16), for a reward R(x) = exp(a x): a mixture again. a: (2,)."""
-        return Mixture(self._log_tilted(a).softmax(0), self.means + self.std ** 2 * a, self.std)
+        weights = (self.weights.log() + self.means @ a).softmax(0)
+        return Mixture(weights, self.means + self.std ** 2 * a, self.std)
 
-    def log_r_star(self, a, x, sigma, first_order=False):
-        """log r* = log R_sigma(x) / Z_0, (N,), and its gradient, (N, 2), Eq. (36): exact, or with
-        R_sigma(x) as R(E[x0 | x])."""
-        if not first_order:
-            tilted = self.tilt(a)
-            return (tilted.log_p(x, sigma) - self.log_p(x, sigma),
-                    tilted.score(x, sigma) - self.score(x, sigma))
-        log_z0 = self._log_tilted(a).logsumexp(0)                                       # Eq. (28)
-        x = x.detach().requires_grad_()
-        log_star = self(x, sigma) @ a - log_z0                                          # Eq. (25)
-        return log_star.detach(), torch.autograd.grad(log_star.sum(), x)[0]
+    def log_r_star(self, a, x, sigma):
+        """log r* = log R_sigma(x) / Z_0 = log p*_sigma / p_sigma, (N,), and its gradient, (N, 2).
+        Eq. (36), without the first-order R_sigma(x) = R(E[x0 | x]) of Eq. (25)"""
+        tilted = self.tilt(a)
+        return (tilted.log_p(x, sigma) - self.log_p(x, sigma),
+                tilted.score(x, sigma) - self.score(x, sigma))
 
     def to(self, device):
         return Mixture(self.weights.to(device), self.means.to(device), self.std)

@@ -34,8 +34,8 @@ from plumbing.files import reading
 from plumbing.latents import (MISSING, check_collapse, decode, embed, latent_shape, load_inputs,
                               load_model, neighbours, save_student)
 from plumbing.loop import Loop, folder
-from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real, share,
-                              text, torch_device, torch_seed, validate)
+from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real,
+                              row_name, share, text, torch_device, torch_seed, validate)
 from plumbing.plots import side_by_side
 from plumbing.weights import check_form
 
@@ -354,8 +354,7 @@ def parse(argv):
     if world() > 1 and args.get("device", Config.device) == "cuda":
         args["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**args)
-    h = f"{cfg.h}{cfg.lam:g}" if cfg.h == "sba" else cfg.h
-    return cfg, out or Path("runs") / f"sd_{h}", resume
+    return cfg, out or Path("runs") / f"sd_{row_name(cfg.h, cfg.lam)}", resume
 
 
 def draw(argv):

@@ -47,7 +47,7 @@ class FakeScore(nn.Module):
     D_fake = D_real + c_out F starts as the teacher's denoiser, copyWeights(phi) for a teacher
     that is a formula; F is all that has to be learned, the gap between two scores.
     """
-    sigma_data = 0.7                        # standard deviation of every target, per coordinate
+    sigma_data = 0.7                        # standard deviation of the ring, per coordinate
 
     def __init__(self, teacher, width, head="linear"):
         super().__init__()
@@ -110,7 +110,6 @@ class Config:
     gan: nonnegative = 0.0      # w_GAN, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     reward: Literal[("", *REWARDS)] = ""    # linear: tilt the target by R(x) = exp(a x), Appendix G
-    first_order: bool = False   # R_sigma(x) as R(E[x0 | x]), Eq. (25), in place of the exact one
     device: torch_device = "cpu"        # cpu, cuda, mps
 
     def __post_init__(self):
@@ -124,6 +123,8 @@ class Config:
             raise ValueError("--nfe must be 1 for --ratio exact, which knows the density of G(z)")
         if self.part != "both" and self.batch < 16:
             raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
+        if self.norm == "two-stage" and self.batch < 20:
+            raise ValueError("--norm two-stage has 10 bins: --batch must be at least 20")
         if self.reward and (self.part != "both" or self.norm != "batch"):
             raise ValueError("--reward needs --part both and --norm batch: r* is not read by level")
 
@@ -310,7 +311,7 @@ class Distiller:
 
     def reward_slope(self, x_t, b):
         """w(t) h''(r*) grad r*, (n, 2), in units of the weights' batch mean.  Eq. (35)"""
-        log_star, gradient = self.teacher.log_r_star(self.a, x_t, b.sigma, self.cfg.first_order)
+        log_star, gradient = self.teacher.log_r_star(self.a, x_t, b.sigma)
         log_w = self.h.log_weight(log_star.clamp(-self.cfg.clip, self.cfg.clip))
         return b.sigma * (self.tau * log_w - self.scale).exp()[:, None] * gradient
 

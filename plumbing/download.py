@@ -14,17 +14,18 @@ from plumbing.files import atomic, cache
 PAGE = (b"<!doctype", b"<html")     # how a login page or an error page begins
 
 
-def download(url, sha256=None):
+def download(url, sha256=None, apart=False):
     """-> Path of the file at `url` in the cache, fetched once with a progress bar.
 
-    url: http:// or https://. sha256: hexadecimal, None where the publisher's is not known. Raises
+    url: http:// or https://. sha256: hexadecimal, None where the publisher's is not known. apart:
+    put some digits of the address before the file's name, which others may have too. Raises
     ValueError for another kind of address and for a file of another sha256 (a fresh download is not
     kept), OSError where the file can't be fetched whole, naming the place to put it by hand.
     """
     name = re.split("[?#]", url)[0].rsplit("/", 1)[-1]
     if not url.lower().startswith(("http://", "https://")) or not name.strip("."):
         raise ValueError(f"{url}: not the http:// or https:// address of a file")
-    path = cache() / name
+    path = cache() / (f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}" if apart else name)
     if path.exists():
         with open(path, "rb") as f:
             got = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None

@@ -47,7 +47,7 @@ class Judge:
         save_grid(images[:self.cfg.preview], self.out / f"grid_{d.seen:09}.png",
                   classes=d.ema.label_dim)
         curve(rows + [row | {"kimg": d.seen / 1e3}], self.own, self.name, self.out / "curve.png")
-        row |= d.averages()                             # last, since it empties the sums
+        row |= d.averages()
         if said := warning(rows + [row]):
             tqdm.write(f"after {d.seen} images: {said}", file=sys.stderr)
         return row
@@ -66,7 +66,7 @@ class Judge:
         """The bank's distances: the floor. To the teacher: one half's to the other."""
         if not self.bank or self.bank.features is None:         # statistics have no halves
             return {}
-        half, other = self.bank.features.tensor_split(2)
+        half, other = fid.shuffled(self.bank.features).tensor_split(2)
         to_data = fid.frechet(self.bank.mu, self.bank.sigma, self.data.mu, self.data.sigma)
         return {"to_data": to_data,
                 "to_teacher": fid.frechet(*fid.stats(half), *fid.stats(other))}

@@ -24,8 +24,8 @@ def read_run(path, cfg, free, columns):
     check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
     for row in state["rows"]:
         check_form({}, row, f"{path}: rows", exact=False)
-        names = {"kimg", "seconds", *columns} & set(row)
-        check_form({name: 0.0 for name in {"kimg", "seconds"} | names}, row, f"{path}: rows")
+        names = {"kimg", "seconds"} | set(columns) & set(row)
+        check_form(dict.fromkeys(names, 0.0), row, f"{path}: rows")
     same_options(path, state["config"], asdict(cfg), free)
     return state
 
@@ -62,9 +62,9 @@ def folder(cfg, out, resume, free, columns):
 class Loop:
     """Steps a trainer until it has seen cfg.kimg thousand images.
 
-    trainer: has seen, step() and state(). evaluate(): draws what it likes and returns a row of
-    log.csv, a dictionary with some of `columns`; it may be left at any point by a signal, so it
-    changes nothing else. Files are written by process 0 alone.
+    trainer: has seen, step() and state(); a row empties its sums. evaluate(): draws what it likes
+    and returns a row of log.csv, a dictionary with some of `columns`; it may be left at any point
+    by a signal, so it changes nothing else. Files are written by process 0 alone.
     """
 
     def __init__(self, trainer, cfg, out, columns, evaluate, every, state):
@@ -89,6 +89,7 @@ class Loop:
             return                                      # a resumed run has it already
         row = {name: float(value) for name, value in self.evaluate().items()}
         self.rows.append({"kimg": self.trainer.seen / 1e3, "seconds": self.seconds()} | row)
+        self.trainer.sums = {}
         self.write_csv()
 
     def save(self):

@@ -17,7 +17,7 @@ from plumbing.pictures import mean_std
 # ---------------------------------------------------------------------- which run is which result
 
 IGNORED = ("device", "gradient_checkpointing", "save_every", "preview", "kimg")     # see identity
-SAME = {"be": -1.0, "fkl": -1.0, "kl": 0.0, "rkl": 0.0, "ls": 1.0}      # these rows are SBA's
+SAME = {"be": -1.0, "kl": 0.0, "ls": 1.0}      # these rows are SBA's
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ def power(config):
 
 def identity(script, config):
     """What decides a run's numbers, as a text: two runs of the same are one. An option that is
-    younger than a result had its default there. The options IGNORED change no number, but for
-    kimg: a longer run holds the shorter."""
-    config = {f.name: f.default for f in fields(script.config)} | config
+    younger than a result had its default there, and one that is gone was off. The options IGNORED
+    change a number no more than another machine does, but for kimg: a longer run holds the shorter.
+    """
+    defaults = {f.name: f.default for f in fields(script.config)}
+    config = defaults | {k: v for k, v in config.items() if k in defaults or v}
     lam = power(config)
     config |= dict(h=config["h"] if lam is None else "sba", lam=lam)
     config = {name: value for name, value in config.items() if name not in IGNORED}

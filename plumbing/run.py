@@ -126,8 +126,7 @@ def check_finite(when, sigma, **named):
         if bad.any():
             i = bad.nonzero()[0].item()
             raise FloatingPointError(f"{when}: {name} is {size[i].item():g} at sigma = "
-                                     f"{sigma.flatten()[i].item():.4g}; the last checkpoint stays "
-                                     "as it was")
+                                     f"{sigma.flatten()[i].item():.4g}")
 
 
 def load_generator(generator, state, seed, name="the checkpoint"):

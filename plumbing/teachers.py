@@ -40,21 +40,28 @@ def build(state, name="the checkpoint"):
     raise ValueError(f"{name}: no known configuration has these tensors; nearest is {nearest[1]}")
 
 
-def load_teacher(source):
-    """-> EDMPrecond in eval mode, without gradients, float32 on the CPU.
-
-    source: a path, a URL, or a name of OFFICIAL; NVIDIA's pickles and our checkpoints alike. The
-    configuration is recognised by names and shapes. Raises ValueError or OSError.
-    """
-    source = str(source)
+def found(source):
+    """-> the file of weights that `source` names: a path, a URL, or a name of OFFICIAL. Raises
+    ValueError or OSError."""
+    source = shipped(str(source))
     if source in OFFICIAL:
         source = f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl"
     if "://" in source:
         name = source.rsplit("/", 1)[1].removesuffix(".pkl")
-        source = download(source, OFFICIAL.get(name))
-    elif not Path(source).is_file():
+        return download(source, OFFICIAL.get(name), apart=name not in OFFICIAL)
+    if not Path(source).is_file():
         raise FileNotFoundError(f"no such checkpoint: {source} (or one of {', '.join(OFFICIAL)})")
-    return build(read_weights(source), source)
+    return Path(source)
+
+
+def load_teacher(source):
+    """-> EDMPrecond in eval mode, without gradients, float32 on the CPU.
+
+    source: see found; NVIDIA's pickles and our checkpoints alike. The configuration is recognised
+    by names and shapes. Raises ValueError or OSError.
+    """
+    path = found(source)
+    return build(read_weights(path), str(path))
 
 
 def check_labels(labels, n, label_dim, source):
@@ -72,7 +79,7 @@ def check_labels(labels, n, label_dim, source):
 
 def student_options(path):
     """-> the sigma_init and nfe that a student was trained with; None for a teacher."""
-    config = read_config(path) if Path(path).is_file() else {}
+    config = read_config(path)
     if "sigma_init" not in config:
         return None
     try:
@@ -91,7 +98,8 @@ def beside(teacher, name, ending, needed=False):
     "" where there is none, unless it is needed: then FileNotFoundError."""
     if name != "own":
         return "" if name == "none" else shipped(name)
-    own = shipped(teacher).removesuffix(".pt") + ending
+    own = shipped(str(teacher)).removesuffix(".pt") + ending
     if needed and not Path(own).exists():
-        raise FileNotFoundError(f"no {own}: draw it by edm.py sample {teacher} -n 5000 --out {own}")
+        raise FileNotFoundError(f"no {own}: draw it by edm.py sample {teacher} -n 5000 --seed 1 "
+                                f"--out {own}")
     return own if Path(own).exists() else ""

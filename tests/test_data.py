@@ -255,6 +255,8 @@ def test_what_comes_whole_is_kept(tmp_path, serve):
                                 CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)]):
         path = download(serve(answer, f"file{i}") + "?from=a/b")
         assert path == tmp_path / f"cache/file{i}" and path.read_bytes() == body
+    kept = {download(serve(whole(body), f"{run}/teacher.pt"), apart=True) for run in "abba"}
+    assert len(kept) == 2 and all(path.name.endswith("_teacher.pt") for path in kept)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/w.pth", "http://127.0.0.1:port/w.pth",

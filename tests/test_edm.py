@@ -65,6 +65,25 @@ def test_a_one_step_student_is_heun_with_one_level():
     assert net.levels == [2.5, 2.5]                         # one evaluation each
 
 
+def test_sample_draws_fresh_noise_at_each_level():
+    """Nor does one image's noise repeat another's; the first level's is a one-step student's."""
+    class Zero(torch.nn.Linear):
+        label_dim = 0
+
+        def forward(self, x, sigma, c=None):
+            seen.append(x / sigma)
+            return torch.zeros_like(x)
+
+    seen = []
+    sample(Zero(1, 1), 3, levels=[2.5, 1.0, 0.5], seed=7)
+    first, z = seen[0], torch.cat(seen).flatten(1)
+    assert torch.corrcoef(z).fill_diagonal_(0).abs().max() < 0.1            # 3 levels of 3 images
+    close(z.std(), torch.ones(()), rtol=0.05, atol=0)
+    seen = []
+    sample(Zero(1, 1), 3, levels=[2.5], seed=7)
+    assert torch.equal(seen[0], first)
+
+
 def test_a_student_of_k_steps_sees_its_own_output_under_fresh_noise():
     """For data N(0, s^2) each evaluation scales what it sees, so the variances are known."""
     levels, variance = student_levels(2.5, 4), 0.0
@@ -174,7 +193,8 @@ def test_networks_that_do_not_go_together():
 def test_load_guided(tmp_path):
     for name in ("compact", "compact-cond"):
         torch.save(compact(name).state_dict(), tmp_path / name)
-    assert isinstance(load_guided(tmp_path / "compact", "", 2.0), EDMPrecond)
+    assert isinstance(load_guided(tmp_path / "compact", "none", 2.0), EDMPrecond)
+    assert isinstance(load_guided(tmp_path / "compact"), EDMPrecond)        # none lies beside it
     guided = load_guided(tmp_path / "compact-cond", "self", 3.0, 0.1, 9.0)
     assert guided.weak is None and (guided.w, guided.low, guided.high) == (3.0, 0.1, 9.0)
     guided = load_guided(tmp_path / "compact-cond", tmp_path / "compact", 2.0)
@@ -488,8 +508,8 @@ def test_official_names_urls_and_checksums(tmp_path, monkeypatch):
     name, asked = "edm-cifar10-32x32-uncond-vp", []
     (tmp_path / "a.pkl").write_bytes(official(compact()))
 
-    def download(url, sha256=None):
-        asked.append((url, sha256))
+    def download(url, sha256=None, apart=False):
+        asked.append((url, sha256, apart))
         return tmp_path / "a.pkl"
 
     monkeypatch.setattr(teachers, "download", download)
@@ -497,9 +517,9 @@ def test_official_names_urls_and_checksums(tmp_path, monkeypatch):
     load_teacher(f"https://elsewhere.example/{name}.pkl")
     load_teacher("https://elsewhere.example/mine.pt")
     assert asked == [(f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{name}.pkl",
-                      teachers.OFFICIAL[name]),
-                     (f"https://elsewhere.example/{name}.pkl", teachers.OFFICIAL[name]),
-                     ("https://elsewhere.example/mine.pt", None)]
+                      teachers.OFFICIAL[name], False),
+                     (f"https://elsewhere.example/{name}.pkl", teachers.OFFICIAL[name], False),
+                     ("https://elsewhere.example/mine.pt", None, True)]
     assert teachers.OFFICIAL[name].startswith("4d5dcc1f")
 
 
