@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import bregman
 import edm
 from data import load_images
-from edm import edm_loss, few_steps, half_life_to_beta, karras, load_guided, student_levels
+from edm import edm_loss, half_life_to_beta, karras, load_guided, student_levels
 from ncsnpp import c_out
 from plumbing.judge import COLUMNS, Judge
 from plumbing.loop import Loop, folder, take_up
@@ -137,7 +137,7 @@ class Distiller:
         self.autocast = lambda: torch.autocast(kind, HALF[cfg.amp], cfg.amp != "no")
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        bins = min(8 if cfg.part != "both" else 10, cfg.batch)
+        bins = min(8 if cfg.part != "both" else 10, cfg.batch)      # 10 as in f-distill
         self.level = torch.zeros(bins, device=cfg.device)  # running mean at each noise level: of
         #                                       log r with --norm level, of the weight with --part
         self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
@@ -161,13 +161,26 @@ class Distiller:
         self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake network")   # lines 16 to 22
         self.seen += cfg.batch
 
+    @torch.no_grad()
     def start(self, b):
         """-> what the generator sees, and its noise level: (sigma_init z, sigma_init). With --nfe K
-        the K evaluations take turns as the last; those before it are not learned from."""
-        sigma = self.steps[b.before.shape[1]]
-        with torch.no_grad():
-            x = few_steps(self.G, b.before.unbind(1), self.steps, b.c)
+        b.last (n,) says which evaluation is an image's last, from 0 to K - 1; those before it, of
+        noise b.before (n, K - 1, C, H, W), are not learned from."""
+        x = torch.zeros_like(b.z)
+        for k, sigma in enumerate(self.steps[:-1]):
+            more = b.last > k
+            c = None if b.c is None else b.c[more]
+            x[more] = self.G(x[more] + sigma * b.before[more, k], sigma, c)
+        sigma = torch.tensor(self.steps, device=x.device)[b.last][:, None, None, None]
         return x + sigma * b.z, sigma
+
+    def told(self, b, c):
+        """Labels for the fake network: those of images, c, and with --nfe K which evaluation made
+        the generated ones. As one mixture K kinds of images can match p while none of them does."""
+        if self.cfg.nfe == 1:
+            return c
+        made_by = F.one_hot(b.last, self.cfg.nfe).float()
+        return made_by if c is None else torch.cat([c, made_by], 1)
 
     def compare(self, x_t, b):
         """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, C, H, W), and
@@ -177,7 +190,7 @@ class Distiller:
         size, slope = c_out(b.sigma, self.teacher.sigma_data), 0
         x_t.requires_grad_(needs_slope)
         with torch.set_grad_enabled(needs_slope), self.autocast():
-            D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
+            D_fake, logits = self.fake(x_t, b.sigma, self.told(b, b.c), return_logits=True)     # 8
         log_r = -logits.mean((1, 2))[:, None, None, None]   # l = log p/q of an image   # line 9
         if cfg.gan:                     # -log D of an image; step's mean is over numbers  line 13
             slope = cfg.gan * x_t[0].numel() * self.slope(F.softplus(log_r), x_t)
@@ -215,13 +228,13 @@ class Distiller:
 
     def fake_loss(self, x, b):
         """Lines 16 to 22 in one pass: t'' = t', real and generated images under one noise."""
-        noise = b.sigma_f * b.noise_f
+        noise, c, c_real = b.sigma_f * b.noise_f, self.told(b, b.c), self.told(b, b.c_real)
         with self.autocast():
             if self.cfg.teacher_free:                           # no score, so no decoder
-                D_x, logits = x, self.fake.encode(x + noise, b.sigma_f, b.c)
+                D_x, logits = x, self.fake.encode(x + noise, b.sigma_f, c)
             else:
-                D_x, logits = self.fake(x + noise, b.sigma_f, b.c, return_logits=True)  # line 17
-            real_logits = self.fake.encode(b.real + noise, b.sigma_f, b.c_real)         # line 21
+                D_x, logits = self.fake(x + noise, b.sigma_f, c, return_logits=True)    # line 17
+            real_logits = self.fake.encode(b.real + noise, b.sigma_f, c_real)           # line 21
         score = edm_loss(D_x, x, b.sigma_f, self.fake.sigma_data)                       # line 18
         classifier = (F.softplus(logits) + F.softplus(-real_logits)).mean((1, 2))       # Eq. (5)
         check_finite(f"after {self.seen} images", b.sigma_f, loss_score=score,
@@ -259,6 +272,8 @@ class Distiller:
         for net in nets[:2]:
             net.requires_grad_(True)
             net.gradient_checkpointing = self.cfg.gradient_checkpointing
+        if self.cfg.nfe > 1:
+            nets[1].add_labels(self.cfg.nfe)                    # see told()
         return nets
 
     def draw(self):
@@ -275,7 +290,8 @@ class Distiller:
         sigma_f = (cfg.p_mean + cfg.p_std * torch.randn(n, **kind)).exp()               # line 17
         b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
         b |= self.pick(index, kind)
-        b["before"] = torch.randn(n, self.seen // n % cfg.nfe, *shape[1:], **kind)
+        b["before"] = torch.randn(n, cfg.nfe - 1, *shape[1:], **kind)
+        b["last"] = torch.arange(n, device=cfg.device) % cfg.nfe        # the evaluations take turns
         mine = {name: value[rank()::world()] for name, value in b.items()}
         return SimpleNamespace(**(dict(c=None, c_real=None) | mine))
 

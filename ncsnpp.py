@@ -242,6 +242,17 @@ class EDMPrecond(nn.Module):
         self.label_dim = label_dim
         self.model = UNet(label_dim, **config)
 
+    @torch.no_grad()
+    def add_labels(self, n):
+        """label_dim grows by n, at first without effect: the n new labels' weights are 0."""
+        old, dim = self.model.map_label, self.label_dim + n
+        new = nn.Linear(dim, self.model.map_layer0.in_features).to(self.model.map_layer0.weight)
+        new.weight.zero_(), new.bias.zero_()
+        if old is not None:
+            new.weight[:, :self.label_dim] = old.weight * math.sqrt(self.label_dim / dim)   # embed()
+            new.bias.copy_(old.bias)
+        self.model.map_label, self.label_dim = new, dim
+
     def _run(self, block, x, emb):
         """A block's output; with checkpointing, what its backward needs is computed again there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -49,27 +49,31 @@ class FakeScore(nn.Module):
     """
     sigma_data = 0.7                        # standard deviation of the ring, per coordinate
 
-    def __init__(self, teacher, width, head="linear"):
+    def __init__(self, teacher, width, head="linear", nfe=1):
         super().__init__()
-        self.teacher, self.head, net = teacher, head, mlp(3, 3, width, nn.SiLU)
+        self.teacher, self.head, self.nfe = teacher, head, nfe
+        net = mlp(2 + nfe, 3, width, nn.SiLU)
         self.encoder, self.last = net[:-2], net[-2:]
         nn.init.zeros_(self.last[-1].weight)
         nn.init.zeros_(self.last[-1].bias)
 
-    def outputs(self, x, sigma):
-        """-> F (N, 2) and the logit l (N, 1) of p against q at noise level sigma."""
+    def outputs(self, x, sigma, made_by=None):
+        """-> F (N, 2) and the logit l (N, 1) of p against q at noise level sigma. With --nfe K, q
+        is that of evaluation number made_by (N, 1): as one mixture K kinds of samples can match p
+        while none of them does."""
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()
-        features = self.encoder(torch.cat([c_in * x, sigma.log() / 2], 1))      # (N, width), before
-        y = self.last(features)                     # the last SiLU, whose mean is hardly below 0
+        which = [(made_by == k).float() for k in range(1, self.nfe)]            # none with K = 1
+        features = self.encoder(torch.cat([c_in * x, sigma.log() / 2, *which], 1))      # (N, width)
+        y = self.last(features)         # from before the last SiLU, whose mean is hardly below 0
         return y[:, :2], y[:, 2:] if self.head == "linear" else features.mean(1, keepdim=True)
 
-    def forward(self, x, sigma, return_logits=False):
-        F_x, logits = self.outputs(x, sigma)
+    def forward(self, x, sigma, made_by=None, return_logits=False):
+        F_x, logits = self.outputs(x, sigma, made_by)
         D_x = self.teacher(x, sigma) + self.c_out(sigma) * F_x
         return (D_x, logits) if return_logits else D_x
 
-    def encode(self, x, sigma):
-        return self.outputs(x, sigma)[1]
+    def encode(self, x, sigma, made_by=None):
+        return self.outputs(x, sigma, made_by)[1]
 
     def c_out(self, sigma):
         return sigma * self.sigma_data * (sigma ** 2 + self.sigma_data ** 2).rsqrt()   # EDM Table 1
@@ -167,14 +171,16 @@ class Distiller:
 
     @torch.no_grad()
     def start(self, b, G=None):
-        """-> what G sees: z (n, 2). With --nfe K the K evaluations take turns as the last, those
-        before it, of noise (k, n, 2), are not learned from, and each sees its noise level as well:
-        (n, 3). G: another network than self.G."""
+        """-> what G sees: z (n, 2). With --nfe K it sees its noise level as well, (n, 3). b.last
+        (n, 1) says which evaluation is a sample's last, from 0 to K - 1; those before it, of noise
+        b.before (K - 1, n, 2), are not learned from. G: another network than self.G."""
         if self.cfg.nfe == 1:
             return b.z
         for k, (noise, sigma) in enumerate(zip((*b.before, b.z), self.steps)):
             x = (G or self.G)(u) if k else 0.0
-            u = F.pad(x / sigma + noise, (0, 1), value=sigma)
+            now = (x + sigma * noise) / math.hypot(sigma, FakeScore.sigma_data)
+            now = F.pad(now, (0, 1), value=sigma)
+            u = torch.where(b.last >= k, now, u) if k else now
         return u
 
     def compare(self, x_t, b):
@@ -184,7 +190,7 @@ class Distiller:
         slope = 0
         x_t.requires_grad_(needs_slope)
         with torch.set_grad_enabled(needs_slope):
-            D_fake, logits = self.fake(x_t, b.sigma, return_logits=True)                # line 8
+            D_fake, logits = self.fake(x_t, b.sigma, b.last, return_logits=True)        # line 8
         log_r = -logits                                         # l = log p/q           # line 9
         if cfg.gan:                                             # -log D                  line 13
             slope = cfg.gan * self.slope(F.softplus(log_r), x_t)
@@ -215,8 +221,8 @@ class Distiller:
     def fake_loss(self, x, b):
         """Lines 16 to 22 in one pass: t'' = t', real and generated samples under one noise."""
         cfg, noise = self.cfg, b.sigma_f * b.noise_f
-        D_x, logits = self.fake(x + noise, b.sigma_f, return_logits=True)               # line 17
-        real_logits = self.fake.encode(b.real + noise, b.sigma_f)                       # line 21
+        D_x, logits = self.fake(x + noise, b.sigma_f, b.last, return_logits=True)       # line 17
+        real_logits = self.fake.encode(b.real + noise, b.sigma_f, b.last)               # line 21
         score = ((D_x - x) / self.fake.c_out(b.sigma_f)).square().mean(1)               # line 18
         classifier = (F.softplus(logits) + F.softplus(-real_logits))[:, 0]              # Eq. (5)
         learns = (b.sigma_f >= cfg.class_min) & (b.sigma_f <= cfg.class_max)
@@ -238,34 +244,38 @@ class Distiller:
         sigma_init. It is linear in pieces, so it can tear the plane into modes."""
         cfg = self.cfg
         G = mlp(2 + (cfg.nfe > 1), 2, cfg.width, lambda: nn.LeakyReLU(0.1)).to(cfg.device)
-        fake = FakeScore(self.teacher, cfg.width, cfg.head).to(cfg.device)
+        fake = FakeScore(self.teacher, cfg.width, cfg.head, cfg.nfe).to(cfg.device)
         opt = torch.optim.Adam(G.parameters(), fused=True)
         for i in range(cfg.init_steps):
             opt.param_groups[0]["lr"] = 2e-3 * (1 - i / cfg.init_steps)
-            u = self.start(self.latents(512, i % cfg.nfe), self.teachers_denoiser)
+            u = self.start(self.latents(512), self.teachers_denoiser)
             self.descend(opt, (G(u) - self.teachers_denoiser(u)).square().mean())
         return G, fake
 
     def teachers_denoiser(self, u):
         """What G starts as: D at what it sees, u (n, 2), or (n, 3) with its noise level."""
-        sigma = u[:, 2:] if self.cfg.nfe > 1 else torch.full_like(u[:, :1], self.cfg.sigma_init)
-        return self.teacher(sigma * u[:, :2], sigma)
+        if self.cfg.nfe == 1:
+            sigma = torch.full_like(u[:, :1], self.cfg.sigma_init)
+            return self.teacher(sigma * u, sigma)
+        sigma = u[:, 2:]
+        return self.teacher((sigma ** 2 + FakeScore.sigma_data ** 2).sqrt() * u[:, :2], sigma)
 
     def normal(self, *shape):
         """Standard normal, (*shape, 2)."""
         return torch.randn(*shape, 2, generator=self.generator, device=self.cfg.device)
 
-    def latents(self, n, before):
-        """-> noise for n samples, and for so many evaluations before."""
-        return SimpleNamespace(z=self.normal(n), before=self.normal(before, n))
+    def latents(self, n, last=None):
+        """-> noise for n samples whose last evaluation is number `last`, or 0 to K - 1 in turn."""
+        turns = torch.arange(n, device=self.cfg.device)[:, None] % self.cfg.nfe
+        return SimpleNamespace(z=self.normal(n), before=self.normal(self.cfg.nfe - 1, n),
+                               last=turns if last is None else torch.full_like(turns, last))
 
     def draw(self):
         """-> a step's random numbers."""
         n = self.cfg.batch
-        return SimpleNamespace(z=self.normal(n), sigma=self.sigmas(n), noise=self.normal(n),
+        return SimpleNamespace(**vars(self.latents(n)), sigma=self.sigmas(n), noise=self.normal(n),
                                sigma_f=self.sigmas(n), noise_f=self.normal(n),
-                               real=self.teacher.sample(n, self.generator),
-                               before=self.normal(self.moves % self.cfg.nfe, n))
+                               real=self.teacher.sample(n, self.generator))
 
     def sigmas(self, n):
         """Log-uniform noise levels (n, 1), rising: one in each of n equal steps of ln sigma."""

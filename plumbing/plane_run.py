@@ -22,7 +22,8 @@ class Film:
         self.steps, self.x, self.log_r = np.unique(np.ceil(steps.round(6)).astype(int)), [], []
         g = torch.Generator(cfg.device).manual_seed(cfg.seed)
         z, self.noise, *before = torch.randn(cfg.nfe + 1, points, 2, generator=g, device=cfg.device)
-        self.latents = SimpleNamespace(z=z, before=before)
+        last = torch.full_like(z[:, :1], cfg.nfe - 1, dtype=torch.long)
+        self.latents = SimpleNamespace(z=z, before=before, last=last)
 
     @torch.no_grad()
     def look(self, d, step):
@@ -33,7 +34,7 @@ class Film:
             sigma = torch.full_like(self.noise[:, :1], level)
             x_t = d.G(d.start(self.latents)) + sigma * self.noise
             log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if d.cfg.ratio == "exact"
-                         else -d.fake.encode(x_t, sigma))
+                         else -d.fake.encode(x_t, sigma, self.latents.last))
         self.x.append(d.averaged(d.start(self.latents, d.averaged)).half().cpu().numpy())
         self.log_r.append(torch.cat(log_r, 1).T.half().cpu().numpy())
 

@@ -119,24 +119,46 @@ def test_update_is_eq_4(h, lam, w_t):
                            for each in zip(*terms)], rtol=2e-4)      # a score divides by sigma^2
 
 
-def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
-    """--nfe 3: of the third step the gradient by hand, through the third evaluation alone."""
-    d = distiller(nfe=3)
+@pytest.mark.parametrize("name", ["tiny", "tiny-cond"])
+def test_with_more_evaluations_the_last_one_learns_and_they_take_turns(name):
+    """--nfe 3, image by image: the gradient by hand through the last evaluation alone, and a fake
+    network that is told which one it was, in labels after those of the class."""
+    classes = LABELS if name == "tiny-cond" else None
+    d = distiller(teacher(name), labels=classes, nfe=3)
     assert d.steps == pytest.approx([2.5, 2.5 * 4 / 9, 2.5 / 9])
-    for turn in range(4):
-        b, G, fake = before_step(d)
-        assert b.before.shape == (8, turn % 3, 3, 8, 8)
-        with counted(d) as count:
-            d.step()
-        assert count["G encoder forward"] == 1 + turn % 3 and count["G encoder backward"] == 1
-        if turn == 2:
-            x = G(2.5 * b.before[:, 0], 2.5)
-            x = G(x + d.steps[1] * b.before[:, 1], d.steps[1]).detach()
-            x = G(x + d.steps[2] * b.z, d.steps[2])
-            x_t = x + b.sigma * b.noise
-            gap = fake(x_t, b.sigma) - d.teacher(x_t, b.sigma)
-            gap = gap * (b.sigma ** 2 + 0.25).sqrt() / (0.5 * b.sigma)
-            assert_gradients(d.G, slope_in_weights(G, x, gap.detach() / (8 * 192)), rtol=1e-4)
+    b, G, fake = before_step(d)
+    assert b.before.shape == (8, 2, 3, 8, 8) and b.last.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    with counted(d) as count:
+        d.step()
+    assert count["G encoder forward"] == 3 and count["G encoder backward"] == 1
+    total = 0
+    for i, last in enumerate(b.last.tolist()):
+        noise, x = torch.stack([*b.before[i, :last], b.z[i]])[:, None], torch.zeros(1, 3, 8, 8)
+        c = None if classes is None else b.c[i:i + 1]
+        for sigma, z in zip(d.steps, noise):
+            x = G(x.detach() + sigma * z, sigma, c)
+        sigma, made_by = b.sigma[i].item(), torch.eye(3)[last:last + 1]
+        x_t = x + sigma * b.noise[i]
+        told = made_by if c is None else torch.cat([c, made_by], 1)
+        gap = fake(x_t, sigma, told) - d.teacher(x_t, sigma, c)
+        gap = gap * (sigma ** 2 + 0.25) ** 0.5 / (0.5 * sigma)
+        terms = slope_in_weights(G, x, gap.detach() / (8 * 192))
+        total = terms if i == 0 else [a + b for a, b in zip(total, terms)]
+    assert_gradients(d.G, total, rtol=1e-4)
+
+
+def test_the_fake_networks_new_labels_change_nothing_until_they_are_trained():
+    x, sigma = torch.randn(4, 3, 8, 8, generator=torch.manual_seed(0)), torch.full((4,), 0.7)
+    for name, c in (("tiny", None), ("tiny-cond", torch.eye(3)[[0, 1, 2, 0]])):
+        net = teacher(name)
+        expected = net(x, sigma, c, return_logits=True)
+        net.add_labels(2)
+        made_by = torch.eye(2)[[0, 1, 0, 1]]
+        told = made_by if c is None else torch.cat([c, made_by], 1)
+        close(net(x, sigma, told, return_logits=True), expected, rtol=1e-4, atol=1e-5)
+        net.model.map_label.weight.data[:, -1] = 1.0            # the second evaluation's
+        changed = net(x, sigma, told) - expected[0]
+        assert (changed[1::2] != 0).all() and changed[::2].abs().max() < 1e-5
 
 
 def test_adversarial_update_is_the_gradient_of_minus_log_D():

@@ -53,7 +53,7 @@ def prepared(**options):
         p.data += 0.3 * torch.randn(p.shape, generator=g)
     return d, SimpleNamespace(
         z=torch.randn(32, 2, generator=g), sigma=torch.linspace(0.1, 1.5, 32)[:, None],
-        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2))
+        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2), last=torch.zeros(32, 1))
 
 
 def scores(d, x_t, sigma):
@@ -297,31 +297,39 @@ def test_a_loss_that_is_not_finite_is_named():
 
 
 def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
-    """--nfe 3: each starts as the teacher's denoiser at its level, and the gradient by hand of the
-    third step goes through the third evaluation alone."""
+    """--nfe 3: each starts as the teacher's denoiser at its level. Then by hand, sample by sample:
+    the gradient goes through a sample's last evaluation alone, and the fake network is told which
+    one it was."""
     d = Distiller(Config(nfe=3, batch=32, init_steps=900))
     assert d.steps == pytest.approx([1.4, 1.4 * 4 / 9, 1.4 / 9])
+
+    def sees(x_t, sigma):
+        """What G does: unit size, and the noise level."""
+        return torch.cat([x_t / (sigma ** 2 + 0.49) ** 0.5, torch.full((len(x_t), 1), sigma)], 1)
+
     for k, sigma in enumerate(d.steps):
         x = d.teacher.sample(2000, d.generator) if k else torch.zeros(2000, 2)
         x_t = x + sigma * d.normal(2000)
         expected = d.teacher(x_t, torch.full((2000, 1), sigma))
-        G_x = d.G(torch.cat([x_t / sigma, torch.full((2000, 1), sigma)], 1))
-        assert (G_x - expected).square().mean() < 0.02 * expected.square().mean()
-    for turn in range(3):
-        twin, state = copy.deepcopy(d.G), d.generator.get_state()
-        b = d.draw()
-        d.generator.set_state(state)
-        assert b.before.shape == (turn, 32, 2)
-        fake = copy.deepcopy(d.fake)
-        d.step()
-    x = 0.0
-    for noise, sigma in zip((*b.before, b.z), d.steps):
-        u = torch.cat([torch.as_tensor(x).detach() / sigma + noise, torch.full((32, 1), sigma)], 1)
-        x = twin(u)
-    x_t = x + b.sigma * b.noise
-    gap, w = (fake(x_t, b.sigma) - d.teacher(x_t, b.sigma)) / b.sigma, 1.0
-    by_hand = torch.autograd.grad((x * (w * gap).detach()).mean(), list(twin.parameters()))
-    for p, expected in zip(d.G.parameters(), by_hand):
+        assert (d.G(sees(x_t, sigma)) - expected).square().mean() < 0.02 * expected.square().mean()
+    for p in d.fake.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=d.generator)
+    G, fake, state = copy.deepcopy(d.G), copy.deepcopy(d.fake), d.generator.get_state()
+    b = d.draw()
+    d.generator.set_state(state)
+    d.step()
+    assert b.before.shape == (2, 32, 2) and b.last.flatten().tolist() == [i % 3 for i in range(32)]
+    total = 0
+    for i, last in enumerate(b.last.flatten().tolist()):
+        x, some = torch.zeros(1, 2), slice(i, i + 1)
+        for sigma, z in zip(d.steps[:last + 1], [*b.before[:, some], b.z[some]]):
+            x = G(sees(x.detach() + sigma * z, sigma))
+        x_t, sigma = x + b.sigma[some] * b.noise[some], b.sigma[some]
+        gap = (fake(x_t, sigma, b.last[some]) - d.teacher(x_t, sigma)) / sigma      # KL: w is 1
+        total = total + (x * gap.detach()).sum() / 64
+        other = fake(x_t, sigma, (b.last[some] + 1) % 3)
+        assert (other != fake(x_t, sigma, b.last[some])).all()
+    for p, expected in zip(d.G.parameters(), torch.autograd.grad(total, list(G.parameters()))):
         close(p.grad, expected, rtol=1e-3, atol=1e-6)
 
 
