@@ -221,7 +221,7 @@ def modes_picture(rows):
     ring = TARGETS["ring8"]
     teacher = "the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring
     shown = students(rows, lambda row, result: f"{label(row)}: {result['modes_covered']} of 8")
-    return panels([teacher, *shown], 5)
+    return panels([teacher, *shown], 4)
 
 
 def strip_picture(rows):
