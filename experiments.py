@@ -123,9 +123,12 @@ EXERCISES = {           # of exercises.md
 }
 
 HEALTH = {              # "Is it working?": two healthy runs, and sick ones; "" is a broken line
-    "kl": "--h kl", "sba_5": "--h sba --lam 5", "stale": "--h kl --lr-f 1e-6",
-    "upside_down": "", "through": "", "fine": "--h kl --t-min 0 --t-max 0.3",
-    "untempered": "--h sba --lam 5 --norm batch --ess 0", "fast": "--h kl --lr-g 3e-3",
+    "kl": ("healthy KL", "--h kl"), "sba_5": ("healthy SBA 5", "--h sba --lam 5"),
+    "stale": ("stale fake score", "--h kl --lr-f 1e-6"), "upside_down": ("SBA 5, r upside down", ""),
+    "through": ("KL, no stop-gradient", ""),
+    "fine": ("small noise alone", "--h kl --t-min 0 --t-max 0.3"),
+    "untempered": ("SBA 5, not held", "--h sba --lam 5 --norm batch --ess 0"),
+    "fast": ("rate too high", "--h kl --lr-g 3e-3"),
 }
 STEPS = {"kl": "--h kl", "kl_2": "--h kl --nfe 2", "kl_4": "--h kl --nfe 4"}    # evaluations
 GAN = "1e-3"            # w_GAN on images
@@ -158,8 +161,9 @@ GROUPS = {
                     "--kimg 16 --eval-every 2"),
     "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, HELD,
                             "--kimg 6 --eval-every 2"),
-    "health": Group("is it working?", CIFAR, HEALTH, UNHELD, "--kimg 6 --eval-every 1",
-                    seeds=1),
+    "health": Group("is it working?", CIFAR, {k: v for k, (_, v) in HEALTH.items()}, HELD,
+                    "--kimg 6 --eval-every 1", seeds=1,
+                    labels={k: v for k, (v, _) in HEALTH.items()}),
     "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, UNHELD,
                        "--kimg 16 --eval-every 2 --norm two-stage --ess 0 --batch 64 "
                        "--teacher pretrained/compact_teacher_cond.pt"),
@@ -248,9 +252,9 @@ VITAL = {
     "loss_class": "classifier's loss", "grad_g": "gradient of G", "grad_f": "gradient of psi, eta"}
 
 
-def curves_picture(rows, titles=CURVES):
+def curves_picture(rows, titles=CURVES, names={}):
     return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
-                  titles)
+                  titles, names)
 
 
 def unheld_picture(rows):
@@ -258,7 +262,7 @@ def unheld_picture(rows):
 
 
 def health_picture(rows):
-    return curves_picture(rows, VITAL)
+    return curves_picture(rows, VITAL, {row: name for row, (name, _) in HEALTH.items()})
 
 
 def dots_picture(rows):

@@ -91,10 +91,10 @@ def strip(weights, students):
     return fig
 
 
-def curves(logs, titles):
+def curves(logs, titles, names={}):
     """Runs on images: mean over seeds, and a band of one standard deviation, against images seen.
     logs: row -> the rows of log.csv of each seed; titles: column -> title, of which those are drawn
-    that some run has."""
+    that some run has; names: row -> its name, if not its label."""
     from matplotlib.ticker import LogLocator
     titles = {k: title for k, title in titles.items()
               if any(k in log[-1] for seeds in logs.values() for log in seeds)}
@@ -107,7 +107,7 @@ def curves(logs, titles):
                 x = [kimg for kimg, _ in series[0][:n]]
                 mean, std = mean_std([[value for _, value in s[:n]] for s in series])
                 colour = COLOUR.get(row, OTHER[i % 7])
-                ax.plot(x, mean, "o-", color=colour, label=label(row))
+                ax.plot(x, mean, "o-", color=colour, label=names.get(row, label(row)))
                 ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="generated images (thousands)", title=title)
         if key.startswith("to_"):
@@ -115,7 +115,7 @@ def curves(logs, titles):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("")
-    axes[0].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
