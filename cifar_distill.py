@@ -54,7 +54,7 @@ class Config:
     reference: text = "cifar10"         # the data to judge by: what fid.py takes
     kimg: positive = 16         # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
-    lr_g: positive = 2e-4       # generator's Adam
+    lr_g: positive = 2e-4       # generator's Adam; it is divided by nfe
     lr_f: positive = 4e-4       # fake network's: score and classifier
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
@@ -318,7 +318,8 @@ class Distiller:
     def set_rates(self):
         since = max(0, self.seen / 1e3 - self.cfg.wait_kimg)
         fall = 1 / (1 + since / self.cfg.decay_kimg) if self.cfg.decay_kimg else 1
-        self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * fall
+        # the fake network follows K kinds of images, so that the generator must wait for it
+        self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * fall / self.cfg.nfe
         self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * fall
 
     @torch.no_grad()

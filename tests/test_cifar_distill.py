@@ -131,6 +131,7 @@ def test_with_more_evaluations_the_last_one_learns_and_they_take_turns(name):
     with counted(d) as count:
         d.step()
     assert count["G encoder forward"] == 3 and count["G encoder backward"] == 1
+    assert d.opt_g.param_groups[0]["lr"] == pytest.approx(d.cfg.lr_g / 3)
     total = 0
     for i, last in enumerate(b.last.tolist()):
         noise, x = torch.stack([*b.before[i, :last], b.z[i]])[:, None], torch.zeros(1, 3, 8, 8)
