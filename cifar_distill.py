@@ -175,8 +175,9 @@ class Distiller:
         return x + sigma * b.z, sigma
 
     def told(self, b, c):
-        """Labels for the fake network: those of images, c, and with --nfe K which evaluation made
-        the generated ones. As one mixture K kinds of images can match p while none of them does."""
+        """-> labels for the fake network: the images' own, c (n, label_dim) or None, and with --nfe
+        K, one-hot, which evaluation made the generated ones, since as one mixture K kinds of images
+        can match p while none of them does."""
         if self.cfg.nfe == 1:
             return c
         made_by = F.one_hot(b.last, self.cfg.nfe).float()
@@ -187,10 +188,10 @@ class Distiller:
         log r (n, 1, 1, 1). w(t) = sigma^2 / c_out(sigma) makes the first the difference of two
         networks F; DMD's depends on the image too, not on t alone as Eq. (4) wants."""
         cfg, needs_slope = self.cfg, bool(self.cfg.gan or self.cfg.teacher_free)
-        size, slope = c_out(b.sigma, self.teacher.sigma_data), 0
+        size, slope, c = c_out(b.sigma, self.teacher.sigma_data), 0, self.told(b, b.c)
         x_t.requires_grad_(needs_slope)
         with torch.set_grad_enabled(needs_slope), self.autocast():
-            D_fake, logits = self.fake(x_t, b.sigma, self.told(b, b.c), return_logits=True)     # 8
+            D_fake, logits = self.fake(x_t, b.sigma, c, return_logits=True)             # line 8
         log_r = -logits.mean((1, 2))[:, None, None, None]   # l = log p/q of an image   # line 9
         if cfg.gan:                     # -log D of an image; step's mean is over numbers  line 13
             slope = cfg.gan * x_t[0].numel() * self.slope(F.softplus(log_r), x_t)

@@ -124,7 +124,8 @@ EXERCISES = {           # of exercises.md
 
 HEALTH = {              # "Is it working?": two healthy runs, and sick ones; "" is a broken line
     "kl": ("healthy KL", "--h kl"), "sba_5": ("healthy SBA 5", "--h sba --lam 5"),
-    "stale": ("stale fake score", "--h kl --lr-f 1e-6"), "upside_down": ("SBA 5, r upside down", ""),
+    "stale": ("stale fake score", "--h kl --lr-f 1e-6"),
+    "upside_down": ("SBA 5, r upside down", ""),
     "through": ("KL, no stop-gradient", ""),
     "fine": ("small noise alone", "--h kl --t-min 0 --t-max 0.3"),
     "untempered": ("SBA 5, not held", "--h sba --lam 5 --norm batch --ess 0"),

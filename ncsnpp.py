@@ -244,12 +244,13 @@ class EDMPrecond(nn.Module):
 
     @torch.no_grad()
     def add_labels(self, n):
-        """label_dim grows by n, at first without effect: the n new labels' weights are 0."""
+        """label_dim grows by n, at first without effect: the weights of the n new labels are 0, and
+        those of the old ones undo embed()'s factor, sqrt(label_dim)."""
         old, dim = self.model.map_label, self.label_dim + n
         new = nn.Linear(dim, self.model.map_layer0.in_features).to(self.model.map_layer0.weight)
         new.weight.zero_(), new.bias.zero_()
         if old is not None:
-            new.weight[:, :self.label_dim] = old.weight * math.sqrt(self.label_dim / dim)   # embed()
+            new.weight[:, :self.label_dim] = old.weight * math.sqrt(self.label_dim / dim)
             new.bias.copy_(old.bias)
         self.model.map_label, self.label_dim = new, dim
 

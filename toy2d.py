@@ -53,9 +53,9 @@ class FakeScore(nn.Module):
         super().__init__()
         self.teacher, self.head, self.nfe = teacher, head, nfe
         net = mlp(2 + nfe, 3, width, nn.SiLU)
-        self.encoder, self.last = net[:-2], net[-2:]
-        nn.init.zeros_(self.last[-1].weight)
-        nn.init.zeros_(self.last[-1].bias)
+        self.encoder, self.decoder = net[:-2], net[-2:]
+        nn.init.zeros_(self.decoder[-1].weight)
+        nn.init.zeros_(self.decoder[-1].bias)
 
     def outputs(self, x, sigma, made_by=None):
         """-> F (N, 2) and the logit l (N, 1) of p against q at noise level sigma. With --nfe K, q
@@ -64,7 +64,7 @@ class FakeScore(nn.Module):
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()
         which = [(made_by == k).float() for k in range(1, self.nfe)]            # none with K = 1
         features = self.encoder(torch.cat([c_in * x, sigma.log() / 2, *which], 1))      # (N, width)
-        y = self.last(features)         # from before the last SiLU, whose mean is hardly below 0
+        y = self.decoder(features)      # from before the last SiLU, whose mean is hardly below 0
         return y[:, :2], y[:, 2:] if self.head == "linear" else features.mean(1, keepdim=True)
 
     def forward(self, x, sigma, made_by=None, return_logits=False):

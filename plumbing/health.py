@@ -13,8 +13,8 @@ def warning(rows):
     row, start, variance = moved[-1], rows[0]["to_data"], max(row["variance"] for row in moved)
     best, worst = (f(row["to_data"] for row in moved) for f in (min, max))
     if row["loss_score"] > STALE:           # healthy: about the teacher's own loss on images
-        return (f"the fake score's loss is {row['loss_score']:.1f}: it does not follow the student; "
-                "try a higher --lr-f or a lower --lr-g")
+        return (f"the fake score's loss is {row['loss_score']:.1f}: it does not follow the "
+                "student; try a higher --lr-f or a lower --lr-g")
     if row["log_r"] < WRONG_SIGN:           # its mean under q is KL(q || p), which is not below 0
         return (f"the mean of log r is {row['log_r']:.2f}, and no ratio q/p has one below 0: r is "
                 "upside down, or the classifier does not learn")

@@ -541,7 +541,7 @@ def test_the_recorded_runs_are_told_right(run, words):
     and images_every_h, are told nothing in any row."""
     folders = [HERE / f"results/health/{run}_seed0"]
     if run == "other":
-        folders = [f for name in ("images", "images_every_h") for f in HERE.glob(f"results/{name}/*")]
+        folders = [*HERE.glob("results/images/*"), *HERE.glob("results/images_every_h/*")]
     assert folders
     for folder in folders:
         with open(folder / "log.csv") as f:

@@ -53,7 +53,8 @@ def prepared(**options):
         p.data += 0.3 * torch.randn(p.shape, generator=g)
     return d, SimpleNamespace(
         z=torch.randn(32, 2, generator=g), sigma=torch.linspace(0.1, 1.5, 32)[:, None],
-        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2), last=torch.zeros(32, 1))
+        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2),
+        last=torch.zeros(32, 1))
 
 
 def scores(d, x_t, sigma):
@@ -172,7 +173,7 @@ def test_mean_head_is_the_mean_of_what_the_scores_are_read_from():
     fake = Distiller(Config(**TINY, head="mean")).fake
     x, sigma = torch.linspace(-1, 1, 10).view(5, 2), torch.full((5, 1), 0.4)
     seen = []
-    fake.last[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    fake.decoder[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
     close(fake.encode(x, sigma), seen[0].mean(1, keepdim=True))
 
 
@@ -194,24 +195,24 @@ def test_fake_loss_is_edms_and_eq_5():
 def test_classifier_learns_at_its_noise_levels_alone():
     d = Distiller(Config(**TINY))
     d.cfg.class_min, d.cfg.class_max = 100.0, 200.0
-    before = d.fake.last[1].weight[2].clone()
+    before = d.fake.decoder[1].weight[2].clone()
     d.step()
-    assert d.last["loss_class"] == 0 and torch.equal(d.fake.last[1].weight[2], before)
+    assert d.last["loss_class"] == 0 and torch.equal(d.fake.decoder[1].weight[2], before)
     d = Distiller(Config(**TINY))
     d.step()
     assert abs(d.last["loss_class"] - 2 * math.log(2)) < 0.01
-    assert not torch.equal(d.fake.last[1].weight[2], before)
+    assert not torch.equal(d.fake.decoder[1].weight[2], before)
 
 
 def test_exact_ratio_trains_no_classifier(coarse):
     d, result, _, frames = distil(Config(**TINY, ratio="exact"), bar=False)
     assert result["log_r_error"] is None and result["log_r_by_sigma"] == {}
     assert len(result["ruler_by_sigma"]) == 8
-    assert (d.fake.last[1].weight[2] == 0).all() and d.fake.last[1].bias[2] == 0
-    assert (d.fake.last[1].weight[:2] != 0).any()           # the scores are trained
+    assert (d.fake.decoder[1].weight[2] == 0).all() and d.fake.decoder[1].bias[2] == 0
+    assert (d.fake.decoder[1].weight[:2] != 0).any()           # the scores are trained
     assert np.abs(frames["log_r"]).max() > 0.1              # and what is recorded is the truth
     d, result, *_ = distil(Config(**TINY, ratio="exact", gan=0.1), bar=False)
-    assert (d.fake.last[1].weight[2] != 0).any()            # but for the adversarial loss
+    assert (d.fake.decoder[1].weight[2] != 0).any()            # but for the adversarial loss
     errors = list(result["log_r_by_sigma"].values())
     assert len(errors) == 8 and result["log_r_error"] == np.median(errors) > 0
 
@@ -287,11 +288,11 @@ def test_it_learns():
 
 def test_a_loss_that_is_not_finite_is_named():
     d = Distiller(Config(**TINY))
-    d.fake.last[1].bias.data[0] = math.nan
+    d.fake.decoder[1].bias.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="step 1: score_gap is nan at sigma = 0."):
         d.step()
     d = Distiller(Config(**TINY))
-    d.fake.last[1].bias.data[2] = math.inf
+    d.fake.decoder[1].bias.data[2] = math.inf
     with pytest.raises(FloatingPointError, match="step 1: log_r is inf at sigma = "):
         d.step()
 
