@@ -191,17 +191,18 @@ class Measured:
     n: int | None = None                    # images behind mu and sigma, if known
     score: tuple | None = None              # Inception Score: mean and standard deviation
     features: torch.Tensor | None = None    # (n, d), float32, or fewer if they come from a file
+    resize: str | None = None               # how its images came to the network's size, if known
 
 
 def measure(images, net, how="clean", batch=64, splits=10, progress=False):
     """images (N, 3, H, W) -> Measured; see extract."""
     features, logits = extract(images, net, how, batch, progress)
-    return Measured(*stats(features), len(images), inception_score(logits, splits), features)
+    return Measured(*stats(features), len(images), inception_score(logits, splits), features, how)
 
 
 def save(measured, path, most=5000):
-    """Write an .npz with mu, sigma (EDM's names), and as far as known n, score, and features:
-    float16, of `most` images at most."""
+    """Write an .npz with mu, sigma (EDM's names), and as far as known n, score, resize, and
+    features: float16, of `most` images at most."""
     known = {k: v for k, v in vars(measured).items() if v is not None}
     if measured.features is not None:
         known["features"] = shuffled(measured.features)[:most].half()
@@ -232,6 +233,8 @@ def measure_source(source, net, n=None, **how):
             raise ValueError(f"-n takes some of a set's images: {source} has none")
         if len(stored.mu) != net.width:
             raise ValueError(f"{source}: {len(stored.mu)} features, this network has {net.width}")
+        if stored.resize not in (None, how.get("how", "clean")):
+            raise ValueError(f"{source}: measured with --resize {stored.resize}")
         return stored
     name, _, split = str(source).rpartition(":")
     if split not in ("train", "test") or not name:

@@ -10,7 +10,7 @@ from plumbing.options import count
 
 def read_measured(path):
     """-> what fid.py's measurements of a set need, of what an .npz holds: features (n, d), float32;
-    mu (d,) and sigma (d, d), float64; n and score, a pair. {} if it is no .npz, or has neither
+    mu (d,) and sigma (d, d), float64; n, score, a pair, and resize. {} if it is no .npz, or has neither
     features nor mu. Nothing is unpickled. Raises ValueError for what these can't be."""
     if Path(path).suffix != ".npz" or not zipfile.is_zipfile(path):
         return {}
@@ -21,6 +21,7 @@ def read_measured(path):
             raise ValueError("a member expands beyond 1 GiB")
         known = {name: stored[name] for name in ("features", "mu", "sigma", "n", "score")
                  if name in stored}
+        resize = str(stored["resize"]) if "resize" in stored else None
     for name, array in known.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite, or of no numbers")
@@ -38,7 +39,7 @@ def read_measured(path):
         known["n"] = count(known["n"])
     if "score" in known:
         known["score"] = tuple(known["score"].tolist())
-    return known
+    return known | {"resize": resize}
 
 
 def in_words(result):

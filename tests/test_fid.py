@@ -363,6 +363,7 @@ def test_measured_survives_its_file(tmp_path):
     b = fid.load(tmp_path / "a.npz")
     close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=0)
     assert (b.n, b.score, b.features.dtype) == (30, (2.5, 0.25), torch.float32)
+    assert b.resize is None
     close(b.features, fid.shuffled(a.features)[:20].half().float(), rtol=0, atol=0)
     assert fid.bias(b, a) is None                           # 20 features of 30 images
     assert fid.bias(fid.Measured(b.mu, b.sigma), a) == 0    # statistics alone
@@ -458,6 +459,15 @@ def test_cli_says_what_it_measured(sources, run, tmp_path):
     assert "7 images against 20" in out and "coverage" in out and "7 images each" in out
     assert "need images" in run(sources / "images.npz", sources / "stats.npz")[1]
     assert fid.load(tmp_path / "s.npz").n == 20
+
+
+def test_cli_compares_no_sets_of_different_resize(sources, run, tmp_path):
+    saved = tmp_path / "a.npz"
+    args = sources / "images.npy", sources / "stats.npz", "--resize", "tf"
+    assert run(*args, "--save", saved)[0] == 0
+    assert run(saved, sources / "stats.npz", "--resize", "tf")[0] == 0
+    code, out, err = run(saved, sources / "stats.npz")
+    assert code == 2 and err.endswith("a.npz: measured with --resize tf\n"), err
 
 
 def test_cli_of_a_split(tmp_path, run):
