@@ -163,7 +163,9 @@ def which_way(log_ratio):
     """Which way is r? Says how your function reads the ratio: "right", "upside down" or "biased".
 
     log_ratio: maps the logits l (n,) of a classifier, sigmoid(l) = p / (p + q), to log r = log q/p.
-    It is tried on p = N(0, 1) and q = N(1, 1), whose log r at x is x - 1/2.
+    It is tried on p = N(0, 1) and q = N(1, 1), whose log r at x is x - 1/2. In FastGen's f-distill
+    r is p/q: there SBA's weight is r^-lam. In a loop like DMD2's, whose logit is high for real
+    images, log r is -logit: BE's weight is get("be").weight(-logit).
     """
     log_r = torch.linspace(-3, 4, 71) - 0.5
     got = torch.as_tensor(log_ratio(-log_r))

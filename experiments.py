@@ -158,9 +158,9 @@ GROUPS = {
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
     "images": Group("16,000 images, weights held", CIFAR,
-                    THREE | {"kl_gan": f"--h kl --gan {GAN}"} | STEPS, HELD,
+                    THREE | {"kl_gan": f"--h kl --gan {GAN}"}, HELD,
                     "--kimg 16 --eval-every 2"),
-    "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H, HELD,
+    "images_every_h": Group("6,000 images, weights held", CIFAR, EVERY_H | STEPS, HELD,
                             "--kimg 6 --eval-every 2"),
     "health": Group("is it working?", CIFAR, {k: v for k, (_, v) in HEALTH.items()}, HELD,
                     "--kimg 6 --eval-every 1", seeds=1,
@@ -247,10 +247,13 @@ def exercises_picture(rows):
 CURVES = {              # column of log.csv -> a panel's title
     "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
     "precision": "precision", "recall": "recall"}
-VITAL = {
+VITAL = {               # and what a panel gives away
     "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
-    "log_r": "mean of log r", "ess": "effective sample size", "loss_score": "fake score's loss",
-    "loss_class": "classifier's loss", "grad_g": "gradient of G", "grad_f": "gradient of psi, eta"}
+    "log_r": "mean of log r (below 0: upside down)", "ess": "effective sample size (low: not held)",
+    "loss_score": "fake network's loss (rises: stale)",
+    "loss_class": "classifier's loss (near 0: small noise)",
+    "grad_g": "gradient of G (high at first: the rate)",
+    "grad_f": "fake network's gradient (rises: stale)"}
 
 
 def curves_picture(rows, titles=CURVES, names={}):

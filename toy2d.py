@@ -215,7 +215,8 @@ class Distiller:
             level, within = bregman.split(log_w, self.level, max(0.02, 1 / (1 + self.moves)))
             log_w = level if cfg.part == "level" else within
         w, self.last["ess"], self.tau = bregman.batch_weights(log_w, cfg.ess)
-        self.scale = (self.tau * log_w).logsumexp(0) - math.log(len(log_w))     # log of their mean
+        # log of the mean that makes them so, which reward_slope() takes too
+        self.scale = (self.tau * log_w).logsumexp(0) - math.log(len(log_w))
         return w.view_as(log_r)
 
     def fake_loss(self, x, b):

@@ -85,9 +85,9 @@ def plane_run(title, x, target, result, seen, weight, scatter, path):
     other.set_ylabel("weight h''(r) r, log r clipped", color="#cb181d")
     other.grid(False)
 
-    ax, colours = axes[1, 0], ("#08519c", "#3182bd", "#9ecae1")
+    ax, colours = axes[1, 0], ("#2166ac", "#ff7f0e", "#1b7837")
     for colour, (sigma, (exact, learned)) in zip(colours, scatter.items()):
-        ax.scatter(exact, learned, s=9, color=colour, label=f"sigma = {sigma:g}")
+        ax.scatter(exact, learned, s=9, alpha=0.6, color=colour, label=f"sigma = {sigma:g}")
     ax.axline((0, 0), slope=1, color="black", lw=1)
     ax.set(xlim=(-4, 8), ylim=(-4, 8), xlabel="exact log r", ylabel="the classifier's log r",
            title="log r: nothing to compare")

@@ -134,7 +134,7 @@ COLUMNS = {     # key of a result: the table's head, digits
     "log_r_error": ("log r error", 2), "log_r_low": ("at the lowest sigma", 1), "ess": ("ESS", 2),
     "tau": ("tau", 2),
     "to_teacher": ("to the teacher's samples", 2), "to_data": ("to the data", 2),
-    "less_kl": ("less KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
+    "less_kl": ("minus KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
     "score": ("score", 2), "log_r_std": ("std of log r", 2),
 }
 
