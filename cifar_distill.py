@@ -59,7 +59,7 @@ class Config:
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
-    nfe: evaluations = 1        # evaluations of the generator for an image
+    nfe: evaluations = 1        # evaluations of the generator for an image; above 1, --kimg 6
     t_min: share = 0.15         # the generator's noise levels: from this
     t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
     w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|

@@ -131,7 +131,7 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones; "" 
     "untempered": ("SBA 5, not held", "--h sba --lam 5 --norm batch --ess 0"),
     "fast": ("rate too high", "--h kl --lr-g 3e-3"),
 }
-STEPS = {"kl": "--h kl", "kl_2": "--h kl --nfe 2", "kl_4": "--h kl --nfe 4"}    # evaluations
+STEPS = {"kl": "--h kl", "kl_nfe_2": "--h kl --nfe 2", "kl_nfe_4": "--h kl --nfe 4"}  # evaluations
 GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}

@@ -80,7 +80,7 @@ def strip(weights, students):
                                      layout="constrained")
     log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
     axes[0].axvspan(0, 2, color="#f4e9e4")
-    axes[0].text(1, 0.012, "q > p:\ntoo many\nsamples", ha="center", va="center", fontsize=17)
+    axes[0].text(1, 0.022, "q > p:\ntoo many\nsamples", ha="center", va="center", fontsize=17)
     for row, log_weight in weights.items():
         axes[0].plot(log_r, log_weight(log_r).exp(), color=COLOUR[row], lw=4, label=label(row))
     axes[0].set(yscale="log", ylim=(3e-3, 3e3), xlabel="log r = log q/p", title="weight h''(r) r")

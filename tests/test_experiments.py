@@ -256,7 +256,7 @@ def test_without_the_teachers_samples_the_data_is_the_measure(tmp_path):
     for row, to_data in (("kl", 5), ("sba_5", 7)):
         make(tmp_path, the("paper", row), [dict(kimg=15_000, to_data=to_data)])
     head, _, kl, sba = dict(experiments.tables(Results(tmp_path, GROUPS)))["paper"].splitlines()
-    assert head == "| options | seeds | less KL's, same seed | to the data |"
+    assert head == "| options | seeds | minus KL's, same seed | to the data |"
     assert sba == "| `--h sba --lam 5` | 1 | 2.00 | 7.00 |"
 
 

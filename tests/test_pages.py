@@ -4,13 +4,11 @@ Nothing is run here, only parsed: .ci/commands.py runs every command.
 """
 import argparse
 import ast
-import csv
 import importlib
 import inspect
 import json
 import re
 import shlex
-import statistics
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -75,8 +73,8 @@ def rows(table):
 
 
 def tables(page):
-    """-> (source, text) of the tables below a comment: <!-- results/... -->, a folder of runs or an
-    output; <!-- experiments.py GROUP -->, what that prints."""
+    """-> (source, text) of the tables below a comment: <!-- results/... -->, a file that a
+    command wrote; <!-- experiments.py GROUP -->, what that prints."""
     marked = r"^<!-- ((?:results/|experiments.py )[^>]*) -->\n\n?((?:^\|.*\n)+)"
     return re.findall(marked, TEXT[page], re.M)
 
@@ -207,105 +205,6 @@ def test_there_are_edits():
 
 # ---------------------------------------------------------------------------------------- numbers
 
-KEYS = {        # a column of a table -> a run's number
-    "modes": "modes_covered", "mode TV": "mode_tv", "on a mode": "on_mode", "KL(p‖q)": "kl_pq",
-    "KL(q‖p)": "kl_qp", "log r error": "log_r_error", "ESS": "ess",
-    "to the teacher's samples": "to_teacher", "to the data": "to_data", "score": "score",
-    "std of log r": "log_r_std", "tau": "tau", "less KL's": "less_kl",
-}
-
-
-EDITED = re.compile("exercise_(lecam|swap|through)_")       # runs of changed code, named in a table
-
-
-def plain(value):
-    """A value of a config, or a word of a command line, as text: 0.5, 1024, two-stage."""
-    text = str(value)
-    return f"{float(text):g}" if re.fullmatch(r"-?\d[\d.e-]*", text) else text
-
-
-def numbers(path, kimg):
-    """A run's result.json; with kimg, the row of its log.csv after so many thousand images,
-    or None where the run has none."""
-    result = json.loads(path.read_text())
-    if not kimg:
-        return result
-    with open(path.with_name("log.csv")) as f:
-        log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    row = min(log, key=lambda row: abs(row["kimg"] - kimg))
-    return row | {"config": result["config"]} if abs(row["kimg"] - kimg) < 0.1 else None
-
-
-class Runs:
-    """The runs below a folder, found by options: a run's are where its config differs from the
-    value that most runs have."""
-
-    def __init__(self, folder, kimg=None):
-        found = {p.parent.name: numbers(p, kimg) for p in (HERE / folder).glob("*/result.json")}
-        self.of = {name: run for name, run in found.items() if run}
-        configs = [run["config"] for run in self.of.values()]
-        self.common = {key: statistics.mode([plain(c.get(key)) for c in configs])
-                       for key in set().union(*configs) - {"h", "lam", "seed", "kimg"}}
-        kl = self.find("--h kl") if kimg else []
-        base = {run["config"]["seed"]: run["to_teacher"] for run in kl}
-        for run in self.of.values():
-            if run["config"]["seed"] in base:
-                run["less_kl"] = run["to_teacher"] - base[run["config"]["seed"]]
-
-    def options(self, config):
-        lam = f" {config['lam']:g}" if config["h"] == "sba" else ""
-        return {"h": config["h"] + lam} | {
-            key: plain(config.get(key)) for key, usual in self.common.items()
-            if plain(config.get(key)) != usual}
-
-    def find(self, code):
-        """Of a row, by what its first cell has in code: options, or a run's name."""
-        if not code.startswith("--"):
-            return [run for name, run in self.of.items() if name.startswith(code)]
-        options = {}
-        for word in shlex.split(code):
-            if word.startswith("--"):
-                last = word[2:].replace("-", "_")
-            options[last] = "True" if word.startswith("--") else plain(word)
-        if "lam" in options:
-            options["h"] += f" {options.pop('lam')}"
-        options = {key: value for key, value in options.items() if self.common.get(key) != value}
-        return [run for name, run in self.of.items()
-                if self.options(run["config"]) == options and not EDITED.match(name)]
-
-
-def mean_std(values, digits):
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
-def column(head):
-    """"log r error, old ruler" -> log_r_error."""
-    return KEYS[head.partition(",")[0]]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_tables_are_those_of_the_results(page):
-    """Means and standard deviations (over n - 1), from the files that the runs wrote."""
-    for source, text in tables(page):
-        folder, _, after = source.partition(" after ")
-        if not (HERE / folder).is_dir():
-            continue
-        head, body = rows(text)
-        runs = Runs(folder, float(after.split()[0].replace(",", "")) / 1e3 if after else None)
-        for first, *cells in body:
-            mine = runs.find(re.search(r"`([^`]+)`", first)[1])
-            assert mine, f"{page}: no run of {first} in {folder}"
-            for name, cell in zip(head[1:], cells):
-                if name == "seeds":
-                    expected = str(len(mine))
-                else:
-                    values = [run[column(name)] for run in mine]
-                    digits = len(re.match(r"-?\d+\.?(\d*)", cell)[1])
-                    expected = mean_std(values, digits)
-                assert cell == expected, f"{page}: {first}, {name}"
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_output(page):
     """A row of a table made of a .txt or .md in results/ is a line of it, or has numbers that a
@@ -356,8 +255,8 @@ def test_every_table_of_numbers_has_its_source():
         heads = re.findall(r"^\|.* seeds \|.*\n\|[-| ]+$", TEXT[page], re.M)
         assert len(heads) == sum(" seeds |" in text for _, text in tables(page)), page
         for source, _ in tables(page):
-            path = HERE / source.partition(" after ")[0]
-            assert path.exists() or source.partition(" ")[2] in experiments.GROUPS, source
+            group = source.partition(" ")[2]
+            assert (HERE / source).exists() or group in experiments.GROUPS, source
     assert sum(len(tables(page)) for page in PAGES) > 10
 
 
