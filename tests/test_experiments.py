@@ -278,7 +278,7 @@ def test_every_group_with_results_has_its_picture(tmp_path):
     assert experiments.main(["--results", str(tmp_path), "--figures", str(figures), "--gif"]) == 0
     sizes = {path.name: Image.open(path).size for path in figures.iterdir()}
     assert sizes.pop("cifar_kl.png") == (7, 5)
-    assert sizes.pop("toy2d.gif") == (540, 300)
+    assert sizes.pop("toy2d.gif") == (810, 450)
     assert set(sizes) == {f"{name}.png" for name in (
         "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h",
         "plane_parts", "teachers")}
