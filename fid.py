@@ -223,8 +223,8 @@ def load(path):
         return Measured(**known) if known else None
 
 
-def measure_source(source, net, n=None, **how):
-    """SOURCE or SOURCE:SPLIT -> Measured, of n of its images or of all; how: see measure.
+def measure_source(source, net, n=None, how="clean", **options):
+    """SOURCE or SOURCE:SPLIT -> Measured, of n of its images or of all; how, options: see measure.
     CIFAR-10's training set in the compact features is at hand."""
     if source == "cifar10" and isinstance(net, Classifier):
         source = REFERENCE
@@ -233,7 +233,7 @@ def measure_source(source, net, n=None, **how):
             raise ValueError(f"-n takes some of a set's images: {source} has none")
         if len(stored.mu) != net.width:
             raise ValueError(f"{source}: {len(stored.mu)} features, this network has {net.width}")
-        if stored.resize not in (None, how.get("how", "clean")):
+        if stored.resize not in (None, how):
             raise ValueError(f"{source}: measured with --resize {stored.resize}")
         return stored
     name, _, split = str(source).rpartition(":")
@@ -243,7 +243,7 @@ def measure_source(source, net, n=None, **how):
     if n and n < len(images):
         images = shuffled(images)[:n]
     try:
-        return measure(images, net, **how)
+        return measure(images, net, how, **options)
     except ValueError as e:
         raise ValueError(f"{source}: {e}") from e
 

@@ -10,8 +10,9 @@ from plumbing.options import count
 
 def read_measured(path):
     """-> what fid.py's measurements of a set need, of what an .npz holds: features (n, d), float32;
-    mu (d,) and sigma (d, d), float64; n, score, a pair, and resize. {} if it is no .npz, or has neither
-    features nor mu. Nothing is unpickled. Raises ValueError for what these can't be."""
+    mu (d,) and sigma (d, d), float64; n, score, a pair, and resize, or None. {} if it is no .npz,
+    or has neither features nor mu. Nothing is unpickled. Raises ValueError for what these can't be.
+    """
     if Path(path).suffix != ".npz" or not zipfile.is_zipfile(path):
         return {}
     with np.load(path, allow_pickle=False) as stored:
@@ -22,6 +23,8 @@ def read_measured(path):
         known = {name: stored[name] for name in ("features", "mu", "sigma", "n", "score")
                  if name in stored}
         resize = str(stored["resize"]) if "resize" in stored else None
+    if resize not in (None, "clean", "tf"):
+        raise ValueError(f"its resize is {resize[:20]!r}, not clean or tf")
     for name, array in known.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite, or of no numbers")

@@ -528,6 +528,7 @@ BAD_STATISTICS = {
     "at least 2": {"features": np.zeros((1, 128))},
     "whole number": {"mu": np.zeros(128), "sigma": EYE, "n": -3},
     "'score': (3,)": {"mu": np.zeros(128), "sigma": EYE, "score": np.zeros(3)},
+    "'pil', not clean": {"mu": np.zeros(128), "sigma": EYE, "resize": "pil"},
 }
 
 
