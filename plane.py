@@ -3,10 +3,20 @@
 A mixture of Gaussians stays one under noise, so p_sigma and its score are exact at every noise
 level. q_sigma of a student x = G(z) is known by cells of the latent plane: with 128 on an axis to a
 few hundredths of its logarithm at nearly all samples (tests/test_plane.py holds it to brute force).
+
+    python plane.py         # what lambda asks for, eight modes with bridges or one; a minute
 """
+from plumbing.run import run_main       # first: before torch it can make Ctrl-C quiet
+
 import math
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bregman
+from plumbing.options import Parser
 
 
 # -------------------------------------------------------------------- the teacher, all of it exact
@@ -111,6 +121,30 @@ def log_q(G, x_t, sigma, cells=128):
     return torch.cat(found) - math.log(2 * math.pi * cells ** 2)
 
 
+# ----------------------------------------------------------------------------- the divergence
+
+@torch.no_grad()
+def log_ratios(G, target, sigma, n, generator):
+    """log r of a student x = G(z) at n samples of q_sigma, then at n of p_sigma: (2n,)."""
+    x = torch.cat([G(torch.randn(n, 2, generator=generator)), target.sample(n, generator)])
+    x_t = x + sigma * torch.randn(2 * n, 2, generator=generator)
+    level = torch.full((2 * n, 1), sigma)
+    return log_q(G, x_t, level) - target.log_p(x_t, level)
+
+
+def divergence(h, log_r, clip=5.0):
+    """D_h(r || 1) from log_ratios, (2n,), for the h whose gradient training follows: the weight is
+    h''(r) r at log r within +-clip.
+
+    D_h is the integral of p B(r), and B(r) that of (r - s) h''(s) from s = 1 to r. Half of the
+    samples are q's, so p is 2/(1 + r) of their density: they are also where p has none.
+    """
+    log_r = log_r.double()[:, None]
+    u = log_r * torch.linspace(0, 1, 1001, dtype=torch.float64) ** 2    # s = e^u  (2n, 1001)
+    left = log_r.sigmoid() - (u + F.logsigmoid(-log_r)).exp()           # (r - s) / (1 + r)
+    return 2 * torch.trapezoid(left * h.weight(u.clamp(-clip, clip)), u).mean().item()
+
+
 # ---------------------------------------------------------------------------------------- samples
 
 @torch.no_grad()
@@ -123,3 +157,38 @@ def mode_statistics(x, target):
                 modes_covered=int((weights > target.weights / 4).sum()),
                 mode_tv=float((weights - target.weights).abs().sum() / 2),
                 on_mode=float((distance < 4 * target.std).float().mean()))
+
+
+# ------------------------------------------------------------------- what does lambda ask for?
+
+def trained_students():
+    """-> name -> G, of the students that the tests keep: toy2d.py's of KL and BE, seed 0."""
+    from toy2d import mlp                                               # which imports this file
+    students = {}
+    file = Path(__file__).parent / "fixtures/students.pt"
+    for name, student in torch.load(file, weights_only=True).items():
+        students[name.upper()] = mlp(2, 2, student["config"]["width"], lambda: nn.LeakyReLU(0.1))
+        students[name.upper()].load_state_dict(student["weights"])
+    return students
+
+
+def main(argv):
+    Parser(prog="plane.py", description=__doc__.splitlines()[0]).parse_args(argv)
+    ring, levels = TARGETS["ring8"], torch.logspace(math.log10(0.02), math.log10(2), 9).tolist()
+    students = trained_students() | {"one mode": lambda z: ring.means[0] + ring.std * z}
+    generator = torch.Generator().manual_seed(0)
+    log_r = {name: [log_ratios(G, ring, sigma, 2000, generator) for sigma in levels]
+             for name, G in students.items()}
+    heads = [f"{name}, {at}" for at in ("sigma = 0.02", "all levels") for name in students]
+    print(f"| lam | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
+    for lam in (-1, 0, 0.5, 1, 3, 5):
+        D = torch.tensor([[divergence(bregman.get("sba", lam), level) for level in of_student]
+                          for of_student in log_r.values()])            # (students, levels)
+        every = (D * torch.tensor(levels)).mean(1)                      # w(t) = sigma, as in toy2d
+        print(f"| {lam:g} | {' | '.join(f'{d:.2g}' for d in [*D[:, 0], *every])} |")
+    print("\nD_h(r || 1) with log r clipped at +-5, from 2000 samples of q and 2000 of p a level, "
+          "seed 0.\nAll levels: the mean of sigma D_h over 9 noise levels from 0.02 to 2.")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -37,7 +37,7 @@ TINY = {        # what makes a command short, by the words that it starts with; 
                     "pretrained/compact_teacher_samples.zip",
     "edm.py sample": "-n 4 --steps 4",
     "fid.py train": "--epochs 1 --data classes",
-    "fid.py": "", "bregman.py": "", "experiments.py": "",
+    "fid.py": "", "bregman.py": "", "plane.py": "", "experiments.py": "",
     "bench.py": "--batch 2 --rounds 1 --frechet 64",
 }
 LEFT_OUT = {    # words in a command -> why it is not run here

@@ -28,14 +28,15 @@ import cifar_distill                    # noqa: E402
 import edm                              # noqa: E402
 import experiments                      # noqa: E402
 import fid                              # noqa: E402
+import plane                            # noqa: E402
 import sd_distill                       # noqa: E402
 import toy2d                            # noqa: E402
 from crafted import IMAGES              # noqa: E402
 from data import save_images            # noqa: E402
 
 SCRIPTS = {module.__name__: module.main
-           for module in (bench, bregman, cifar_distill, edm, experiments, fid, sd_distill,
-                          toy2d)}
+           for module in (bench, bregman, cifar_distill, edm, experiments, fid, plane,
+                          sd_distill, toy2d)}
 MEMORY = 8 * 2 ** 30
 BAR = re.compile(r"\d+%\||(it|img|step|batch|B|s)/(s|it|img|step|batch)\b")      # tqdm's
 UNCLEAR = re.compile(r"weights_only|BytesIO|inline_container|\.part|0x[0-9a-f]{6}|long long"

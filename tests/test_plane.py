@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import nn
 
-from plane import TARGETS, Mixture, log_q, mode_statistics
+import bregman
+from plane import TARGETS, Mixture, divergence, log_q, log_ratios, mode_statistics
 from toy2d import Config, distil, mlp
 
 F64 = torch.float64
@@ -163,6 +165,56 @@ def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
 def test_bad_input_of_log_q(G, x_t, cells, message):
     with pytest.raises(ValueError, match=message):
         log_q(G, x_t, torch.ones(5, 1), cells)
+
+
+# ------------------------------------------------------------------------------- the divergence
+
+@pytest.mark.parametrize("name", bregman.NAMES)
+def test_divergence_is_the_integral_of_the_clipped_weight(name):
+    """B(r), by adaptive quadrature of (r - s) h''(s), over (1 + r) / 2."""
+    h, clip = bregman.get(name, 2.0), 3.0
+
+    def slope(s):                                   # h''(s): the weight over s
+        return h.weight(torch.tensor(math.log(s), dtype=F64).clamp(-clip, clip)).item() / s
+    for log_r in (-7.0, -2.0, 0.4, 2.5, 7.0):
+        r = math.exp(log_r)
+        B, _ = quad(lambda s: (r - s) * slope(s), 1, r, points=[math.exp(-clip), math.exp(clip)]
+                    if abs(log_r) > clip else None, epsrel=1e-9, limit=200)
+        got = divergence(h, torch.tensor([log_r], dtype=F64), clip)
+        close(got, 2 * B / (1 + r), rtol=1e-4, atol=0)
+        if abs(log_r) < clip:                       # and of Eq. (2)
+            exact = h.divergence(torch.tensor(r, dtype=F64)).item()
+            close(got, 2 * exact / (1 + r), rtol=1e-4, atol=0)
+
+
+def test_divergence_of_two_gaussians():
+    """KL both ways, in closed form."""
+    p, a, b = Mixture(torch.ones(1), torch.zeros(1, 2), 0.5), 0.8, torch.tensor([0.3, -0.2])
+    log_r = log_ratios(lambda z: a * z + b, p, 0.4, 4000, torch.Generator().manual_seed(0))
+    u, v = a ** 2 + 0.4 ** 2, 0.5 ** 2 + 0.4 ** 2                       # variances of q and p
+    shift = b.square().sum().item() / 2
+    reverse = math.log(v / u) + u / v - 1 + shift / v                   # KL(q || p)
+    forward = math.log(u / v) + v / u - 1 + shift / u
+    close(divergence(bregman.get("kl"), log_r, 50.0), reverse, rtol=0.1, atol=0)
+    close(divergence(bregman.get("be"), log_r, 50.0), forward, rtol=0.1, atol=0)
+
+
+def test_what_lambda_asks_for():
+    """A student on one of eight modes has r = 8 there: (8^lam - 1) / (lam (lam + 1)). KL's, with
+    bridges between its eight, costs less than that one with lam = 1/2, and more with lam = 3."""
+    ring, levels = TARGETS["ring8"], (0.02, 0.2, 2.0)
+    g = torch.Generator().manual_seed(0)
+    one, eight = ([log_ratios(G, ring, sigma, 500, g) for sigma in levels]
+                  for G in (lambda z: ring.means[0] + ring.std * z, students()["kl"][0]))
+    for lam in (1, 3, 5):
+        D = divergence(bregman.get("sba", lam), one[0])
+        close(D, (8 ** lam - 1) / (lam * (lam + 1)), rtol=0.1, atol=0)
+    for lam, prefers_one in ((0.5, False), (3, True)):
+        h = bregman.get("sba", lam)
+        cost_of_one, cost_of_eight = (
+            sum(sigma * divergence(h, log_r) for sigma, log_r in zip(levels, some))
+            for some in (one, eight))
+        assert (cost_of_one < cost_of_eight) == prefers_one
 
 
 # --------------------------------------------------------------------------------- the teachers
