@@ -973,6 +973,25 @@ def test_a_broken_checkpoint_is_not_resumed(whole, key, value, message):
     assert "checkpoint" in str(e.value)
 
 
+def test_a_checkpoint_of_another_layout_goes_on_alike():
+    """A GPU's networks lie otherwise in memory than a CPU's, and so do Adam's moments of them."""
+    a, b = distiller(), distiller()
+    a.step()
+    state = copy.deepcopy(a.state())
+    moved = 0
+    for opt in (state["opt_g"], state["opt_f"]):
+        for moments in opt["state"].values():
+            for key, value in moments.items():
+                moments[key] = value.contiguous()
+                moved += moments[key].stride() != value.stride()
+    b.load(state, "it")
+    for d in (a, b):
+        d.step()
+    assert moved > 0
+    for net in ("G", "fake", "ema"):
+        close(dict(vars(a)[net].state_dict()), dict(vars(b)[net].state_dict()), rtol=0, atol=0)
+
+
 def test_a_torn_checkpoint_is_not_resumed(whole):
     Path("torn").mkdir()
     Path("torn/checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:5000])

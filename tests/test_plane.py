@@ -176,12 +176,12 @@ def test_divergence_is_the_integral_of_the_clipped_weight(name):
 
     def slope(s):                                   # h''(s): the weight over s
         return h.weight(torch.tensor(math.log(s), dtype=F64).clamp(-clip, clip)).item() / s
-    for log_r in (-7.0, -2.0, 0.4, 2.5, 7.0):
+    for log_r in (-7.0, -2.0, 0.4, 2.5, 7.0, 30.0):
         r = math.exp(log_r)
         B, _ = quad(lambda s: (r - s) * slope(s), 1, r, points=[math.exp(-clip), math.exp(clip)]
                     if abs(log_r) > clip else None, epsrel=1e-9, limit=200)
         got = divergence(h, torch.tensor([log_r], dtype=F64), clip)
-        close(got, 2 * B / (1 + r), rtol=1e-4, atol=0)
+        close(got, 2 * B / (1 + r), rtol=1e-3, atol=0)
         if abs(log_r) < clip:                       # and of Eq. (2)
             exact = h.divergence(torch.tensor(r, dtype=F64)).item()
             close(got, 2 * exact / (1 + r), rtol=1e-4, atol=0)
