@@ -135,8 +135,8 @@ STEPS = {"kl": "--h kl", "kl_nfe_2": "--h kl --nfe 2", "kl_nfe_4": "--h kl --nfe
 GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
-RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL; the lowest that halves the distance
-RATE = "3e-5"           # the paper's setting takes it: to be set when these runs are there
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,
+RATE = "1e-5"           # so the paper's setting has it
 DRAWN = "runs/unguided"         # .zip: 50,000 samples of the teacher that nothing guides, since a
 #                                 guided score is no density's; .npz: another 5,000, as features
 PAPER = ("--decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-mean -1.2 "
