@@ -73,7 +73,7 @@ def write_zip(images, path, labels):
     with zipfile.ZipFile(path, "w") as z:
         for name, image in zip(names, images.transpose(0, 2, 3, 1)):
             blob = io.BytesIO()
-            Image.fromarray(image).save(blob, "WebP", lossless=True, quality=100, method=6)
+            Image.fromarray(image).save(blob, "WebP", lossless=True, quality=100, method=4)
             z.writestr(zipfile.ZipInfo(name), blob.getvalue())
         if labels is not None:
             listed = {"labels": list(zip(names, labels.tolist()))}

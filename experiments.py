@@ -172,7 +172,7 @@ GROUPS = {
         f"kl_{rate}": f"--h kl --lr-g {rate} --lr-f {rate}" for rate in RATES},
         UNHELD, f"{PAPER} --kimg 20", seeds=1),
     "paper_setting": Group("the paper's setting, nothing held", CIFAR, THREE, UNHELD,
-                           f"{RATED} --kimg 50", seeds=2),
+                           f"{RATED} --kimg 50"),
     "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, UNHELD,
                          f"{RATED} --kimg 50", seeds=1),
     "paper_long": Group("the paper's setting, 500,000 images", CIFAR,
