@@ -35,7 +35,7 @@ TINY = {        # what makes a command short, by the words that it starts with; 
                                           "pretrained/compact_teacher_cond_samples.zip",
     "edm.py train": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
                     "pretrained/compact_teacher_samples.zip",
-    "edm.py sample": "-n 4 --steps 4",
+    "edm.py sample": "-n 8 --steps 4",
     "fid.py train": "--epochs 1 --data classes",
     "fid.py": "", "bregman.py": "", "plane.py": "", "experiments.py": "",
     "bench.py": "--batch 2 --rounds 1 --frechet 64",
