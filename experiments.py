@@ -289,6 +289,7 @@ PICTURES = {        # file in figures/ -> group, what draws it; most groups on i
     "plane_lam": ("plane_lam", lambda_picture), "plane_parts": ("plane_lam", parts_picture),
     "exercises": ("exercises", exercises_picture),
     "images_every_h": ("images_every_h", dots_picture), "health": ("health", health_picture),
+    "paper_rates": ("paper_rates", curves_picture),
 }
 COPIES = {          # pictures that a run draws itself
     "toy2d_kl.png": ("every_h", "kl", "picture.png"),
