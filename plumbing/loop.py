@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from plumbing.files import atomic, claim, save_atomic
@@ -44,6 +45,10 @@ def take_up(trainer, state, name, nets, optimizers):
         check_optimizer(getattr(trainer, key), state[key], f"{name}: {key}")
     for key in (*nets, *optimizers):
         getattr(trainer, key).load_state_dict(state[key])
+    for key in optimizers:      # fused Adam counts on moments that lie in memory as their parameter
+        for p, moments in getattr(trainer, key).state.items():
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items()
+                        if v.shape == p.shape}
     trainer.seen = state["seen"]
     load_generator(trainer.generator, state["generator"], trainer.cfg.seed + trainer.seen, name)
 

@@ -191,8 +191,7 @@ def check_form(expected, got, name, exact=True):
 
 def check_optimizer(opt, got, name):
     """Raises ValueError, naming the place, unless `got` is a state dict of `opt`, Adam or Muon,
-    its rate aside. torch checks less, and then its fused kernel reads beyond a tensor's end. That
-    kernel also counts on moments that lie in memory as the parameters do: so they are laid."""
+    its rate aside. torch checks less, and then its fused kernel reads beyond a tensor's end."""
     expected = opt.state_dict()
     if not (isinstance(got, dict) and set(got) == set(expected) and isinstance(got["state"], dict)):
         raise ValueError(f"{name} is not an optimizer's state")
@@ -209,5 +208,3 @@ def check_optimizer(opt, got, name):
         form = ({"momentum_buffer": p} if isinstance(opt, torch.optim.Muon) else
                 {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p})
         check_form(form, moments, f"{name}.state.{i}")
-        for k in form:
-            moments[k] = torch.empty_like(form[k]).copy_(moments[k])

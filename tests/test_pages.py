@@ -27,8 +27,7 @@ HERE = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "results.md", "exercises.md", "solutions.md", "pretrained/README.md",
          "CHANGELOG.md")
 TEXT = {name: (HERE / name).read_text() for name in PAGES}
-SCRIPTS = ("bregman", "plane", "toy2d", "cifar_distill", "edm", "fid", "experiments",
-           "bench")
+SCRIPTS = ("bregman", "plane", "toy2d", "cifar_distill", "edm", "fid", "experiments", "bench")
 
 
 # ----------------------------------------------------------- what a page says, read from its text
