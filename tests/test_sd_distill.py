@@ -208,9 +208,12 @@ def test_update_is_eq_4(full, checkpointing):
     assert max(weights) > 1.001 * min(weights)
     got = [p.grad for p in trained(d.G)]
     assert len(got) == len(terms[0]) and all(g is not None for g in got)
-    for i, g in enumerate(got):
-        expected = sum(w * t[i] for w, t in zip(weights, terms)) / (sum(weights) * x.numel())
-        close(g, expected, rtol=5e-3, atol=1e-4 * expected.abs().max().item() + 1e-8)
+    expected = [sum(w * t[i] for w, t in zip(weights, terms)) / (sum(weights) * x.numel())
+                for i in range(len(got))]
+    # a bias before a norm has gradient 0: what is left of it is rounding of the others' size
+    rounding = 1e-6 * max(e.abs().max().item() for e in expected)
+    for g, e in zip(got, expected):
+        close(g, e, rtol=5e-3, atol=1e-4 * e.abs().max().item() + rounding)
 
 
 def test_fake_networks_loss_is_the_same_with_checkpointing():
