@@ -165,16 +165,18 @@ def which_way(log_ratio):
     log_ratio: maps the logits l (n,) of a classifier, sigmoid(l) = p / (p + q), to log r = log q/p.
     It is tried on p = N(0, 1) and q = N(1, 1), whose log r at x is x - 1/2. In FastGen's f-distill
     r is p/q: there SBA's weight is r^-lam. In a loop like DMD2's, whose logit is high for real
-    images, log r is -logit: BE's weight is get("be").weight(-logit).
+    images, log r is -logit: BE's weight is get("be").weight(-logit). A clamp makes a bias.
     """
     log_r = torch.linspace(-3, 4, 71) - 0.5
     got = torch.as_tensor(log_ratio(-log_r))
     if got.shape != log_r.shape:
         return f"biased: {tuple(got.shape)} for 71 samples, not one number each"
-    off, off_upside_down = ((got - sign * log_r).abs().max().item() for sign in (1, -1))
-    if off_upside_down < 0.01:
-        return "upside down: this is log p/q, under which SBA's weight is r^-lam"
-    return "right" if off < 0.01 else f"biased: off by up to {off:.2g} between log r = -3.5 and 3.5"
+    off, turned = ((got - sign * log_r).abs().max().item() for sign in (1, -1))
+    error = min(off, turned)
+    biased = "" if error < 0.01 else f"off by up to {error:.2g} between log r = -3.5 and 3.5"
+    if turned < off:
+        return f"upside down: log p/q, under which SBA's weight is r^-lam; {biased}".rstrip("; ")
+    return f"biased: {biased}" if biased else "right"
 
 
 # ------------------------------------------------------------------------------------- Table 1

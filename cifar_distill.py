@@ -93,8 +93,11 @@ class Config:
             raise ValueError("--t-min must be below --t-max")
         if self.teacher_free and self.w_t == "dmd":
             raise ValueError("--teacher-free has no D_real, which --w-t dmd needs")
-        if self.part != "both" and self.norm != "batch":
-            raise ValueError(f"--part {self.part} goes with --norm batch")
+        if self.part != "both" and (self.norm != "batch" or self.batch < 8):
+            raise ValueError(f"--part {self.part} goes with --norm batch, and a --batch of at least"
+                             " 8, its noise levels")
+        if self.eval_n < 6:
+            raise ValueError("--eval-n must be at least 6, for precision and recall")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.batch % world():

@@ -32,7 +32,7 @@ from plumbing.options import Parser, count, path
 from plumbing.page import page
 from plumbing.pictures import animate, curves, dots, label, lambdas, panels, strip, teachers
 from plumbing.plots import save_figure
-from plumbing.results import Results, Script, power, runs_of, tables, values_of
+from plumbing.results import Results, Script, is_held, power, runs_of, tables, values_of
 
 HERE = Path(__file__).parent
 
@@ -260,6 +260,7 @@ VITAL = {               # and what a panel gives away
 
 
 def curves_picture(rows, titles=CURVES, names={}):
+    names = names or {row: f"{label(row)}, held" for row in rows if is_held(rows, row)}
     return curves({row: [done.log for done in seeds.values()] for row, seeds in rows.items()},
                   titles, names)
 

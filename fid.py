@@ -127,7 +127,7 @@ def inception_score(logits, splits=10):
 
 # ------------------------------------------------------------------------------ precision, recall
 
-CELLS = 2 ** 24                     # of a matrix of distances at a time: 64 MB
+CELLS = 2 ** 23                     # of a matrix of distances at a time: 64 MB
 
 
 def distances(x, y):
@@ -144,7 +144,7 @@ def neighbours(x, k):
     for rows, square in distances(x, x):
         square[torch.arange(len(rows)), rows] = torch.inf
         nearest.append(square.topk(k, largest=False).values)
-    return torch.cat(nearest) + 1e-5 * x.square().sum(1, keepdim=True)
+    return torch.cat(nearest) + 1e-13 * x.square().sum(1, keepdim=True)
 
 
 def precision_recall(real, generated, k=3, k_coverage=5):
@@ -164,8 +164,8 @@ def precision_recall(real, generated, k=3, k_coverage=5):
         raise ValueError(f"{real.shape[1]} and {generated.shape[1]} features do not compare")
     if not (real.isfinite().all() and generated.isfinite().all()):
         raise ValueError("features are not finite")
-    center = real.float().mean(0)                               # small numbers round less
-    real, generated = real.float() - center, generated.float() - center
+    center = real.double().mean(0)      # a difference of squares: float32 loses tight clusters
+    real, generated = real.double() - center, generated.double() - center
     near = neighbours(real, max(k, k_coverage))
     ball, ball_coverage = near[:, k - 1], near[:, k_coverage - 1]                       # (N,)
     ball_generated = neighbours(generated, k)[:, -1:]                                   # (M, 1)

@@ -1,8 +1,8 @@
 """The plane, where the truth is known: teachers that are formulas, and any student's density.
 
 A mixture of Gaussians stays one under noise, so p_sigma and its score are exact at every noise
-level. q_sigma of a student x = G(z) is known by cells of the latent plane: with 128 on an axis to a
-few hundredths of its logarithm at nearly all samples (tests/test_plane.py holds it to brute force).
+level. q_sigma of a student x = G(z) is known by cells of the latent plane, to a hundredth of its
+logarithm (tests/test_plane.py holds it to brute force).
 
     python plane.py         # what lambda asks for, eight modes with bridges or one; a minute
 """
@@ -85,40 +85,60 @@ REWARDS = {"linear": torch.tensor([1.5, 0.0])}      # R(x) = exp(a x): Appendix 
 
 # ----------------------------------------------------------------------------- the exact ratio
 
+def normal_cells(n):
+    """-> mean and standard deviation, (n,) each and float64, of a standard normal between two
+    neighbours of the edges that cut the line into n cells of equal probability."""
+    edge = torch.special.ndtri(torch.linspace(0, 1, n + 1, dtype=torch.float64))
+    density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
+    m = -n * density.diff()
+    return m, (1 - n * (edge * density).nan_to_num().diff() - m ** 2).sqrt()
+
+
 @torch.no_grad()
-def log_q(G, x_t, sigma, cells=128):
+def log_q(G, x_t, sigma, cells=128, splits=2):
     """log q_sigma(x_t), (N,), of any student x = G(z), z ~ N(0, I) in the plane.
 
     The plane of z is cut into cells x cells of equal probability. The image of one is nearly a
     Gaussian, whose mean and covariance C come from four points, exactly so where G is linear:
-    q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). x_t: (N, 2), sigma: (N, 1).
-    Raises ValueError for a student that does not map the plane to the plane, or for cells below 2
-    or beyond 1024 (3 GB).
+    q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). A cell whose image is wider
+    than the noise, a bridge's, is cut in four, `splits` times. x_t: (N, 2), sigma: (N, 1).
+    Raises ValueError for a student that does not map the plane to the plane, for other shapes, and
+    for cells below 2 or, counted after all splits, beyond 1024 on an axis (3 GB).
     """
-    if not 2 <= cells <= 1024:
-        raise ValueError(f"cells must be from 2 to 1024, not {cells}")
-    if x_t.shape[1:] != (2,):
-        raise ValueError(f"x_t must be (N, 2), not {tuple(x_t.shape)}")
-    edge = torch.special.ndtri(torch.linspace(0, 1, cells + 1, dtype=torch.float64))
-    density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
-    m = -cells * density.diff()                 # mean and variance of a normal between two edges,
-    v = 1 - cells * (edge * density).nan_to_num().diff() - m ** 2   # a small difference: float64
-    at = torch.cat([m - v.sqrt(), m + v.sqrt()]).to(x_t)        # two points with both, (2 cells,)
-    x = G(torch.cartesian_prod(at, at))
-    if x.shape != (4 * cells ** 2, 2):
-        raise ValueError(f"a student of the plane gives (N, 2), not {tuple(x.shape)}")
-    x = x.view(2, cells, 2, cells, 2).transpose(1, 2).reshape(4, -1, 2)         # (4, cells^2, 2)
-    mean = x.mean(0)                                                            # (cells^2, 2)
-    dx, dy = (x - mean).unbind(2)                                               # (4, cells^2)
-    xx, xy, yy = dx.square().mean(0), (dx * dy).mean(0), dy.square().mean(0)    # C
+    if cells not in range(2, 1024 // 2 ** splits + 1):
+        raise ValueError(f"cells must be from 2 to {1024 // 2 ** splits}, not {cells}")
+    if x_t.shape[1:] != (2,) or sigma.shape != (len(x_t), 1):
+        raise ValueError("x_t must be (N, 2) and sigma (N, 1), not "
+                         f"{tuple(x_t.shape)} and {tuple(sigma.shape)}")
+    try:
+        shape = tuple(G(x_t.new_zeros(1, 2)).shape)
+    except RuntimeError as error:
+        raise ValueError(f"a student of the plane takes (N, 2): {error}") from error
+    if shape != (1, 2):
+        raise ValueError(f"a student of the plane gives (N, 2), not {shape} for (1, 2)")
+    corner = torch.cartesian_prod(*2 * [torch.tensor([-1, 1])])                 # (4, 2)
+    cell, parts = torch.cartesian_prod(*2 * [torch.arange(cells)]), []          # (K, 2)
+    for split in range(splits + 1):
+        n = cells * 2 ** split
+        m, s = normal_cells(n)                      # a cell's mean and variance are its points'
+        z = (m[cell] + corner[:, None] * s[cell]).to(x_t).view(-1, 2)
+        x = torch.cat([G(some) for some in z.split(2 ** 18)]).view(4, len(cell), 2)
+        mean = x.mean(0)                                                        # (K, 2)
+        dx, dy = (x - mean).unbind(2)                                           # (4, K)
+        xx, xy, yy = dx.square().mean(0), (dx * dy).mean(0), dy.square().mean(0)        # C
+        wide = (xx + yy > sigma.min() ** 2) & (split < splits)
+        part = torch.stack([*mean.T, xx, xy, yy, torch.full_like(xx, -2 * math.log(n))])
+        parts.append(part[:, ~wide])
+        cell = (2 * cell[wide.cpu(), None] + (corner > 0)).view(-1, 2)
+    mean_x, mean_y, xx, xy, yy, log_mass = torch.cat(parts, 1)                  # (K,) each
     det_C = (xx * yy - xy ** 2).clamp(min=0)
-    found, rows = [], max(1, 2 ** 22 // cells ** 2)             # 2^22 pairs at a time
+    found, rows = [], max(1, 2 ** 22 // len(xx))                # 2^22 pairs at a time
     for some, var in zip(x_t.split(rows), (sigma ** 2).split(rows)):
-        dx, dy = (some[:, None] - mean).unbind(2)                               # (rows, cells^2)
+        dx, dy = some[:, :1] - mean_x, some[:, 1:] - mean_y                     # (rows, K)
         det = var ** 2 + var * (xx + yy) + det_C                # of sigma^2 I + C
         square = ((var + yy) * dx ** 2 - 2 * xy * dx * dy + (var + xx) * dy ** 2) / det
-        found.append((-square / 2 - det.log() / 2).logsumexp(1))
-    return torch.cat(found) - math.log(2 * math.pi * cells ** 2)
+        found.append((log_mass - square / 2 - det.log() / 2).logsumexp(1))
+    return torch.cat(found) - math.log(2 * math.pi)
 
 
 # ----------------------------------------------------------------------------- the divergence

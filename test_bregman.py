@@ -389,11 +389,14 @@ def test_split_leaves_a_mean_of_one_in_the_long_run():
     (lambda l: (-l).tolist(), "right"),
     (lambda l: l, "upside down"),
     (lambda l: l.sigmoid().logit(), "upside down"),
-    (lambda l: 0.3 - l, "biased: off by up to 0.3"),
+    (lambda l: l.exp().clamp(0.1, 20).log(), "upside down: log p/q, under which SBA's weight is "
+     "r^-lam; off by up to 1.2 between"),                           # FastGen's, clamped
+    (lambda l: 0.05 - l, "biased: off by up to 0.05"),
+    (lambda l: torch.where(l > 1, 1 - 2 * l, -l), "biased: off by up to 2.5"),
     (lambda l: -l.clamp(-1, 1), "biased: off by up to 2.5"),
     (lambda l: -2 * l, "biased: off by up to 3.5"),
     (lambda l: (-l).exp(), "biased"),                               # r, not log r
-    (lambda l: l - l.max() + l.min(), "biased"),
+    (lambda l: l - 7, "upside down: log p/q, under which SBA's weight is r^-lam; off by up to 7 "),
     (lambda l: l / 0, "biased: off by up to"),
     (lambda l: -l.mean(), "biased: () for 71 samples, not one number each"),
     (lambda l: -l[:, None], "biased: (71, 1) for 71 samples")])

@@ -1,7 +1,7 @@
 """Di-Bregman in the plane: Algorithm 1 with every estimate laid beside the truth.
 
 The teacher is a mixture of Gaussians, so p_sigma and its score are exact at every noise level; the
-student's q_sigma is known to a few hundredths of its logarithm, by cells of the latent plane.
+student's q_sigma is known to a hundredth of its logarithm, by cells of the latent plane.
 
     python toy2d.py                                     # KL: 8 of 8 modes; a minute on one core
     python toy2d.py --h sba --lam 5                     # a weight that rises with r drops modes
@@ -123,10 +123,13 @@ class Config:
             raise ValueError("need --sigma-min below --sigma-max, and --ema below 1")
         if max(self.class_min, self.sigma_min) >= min(self.class_max, self.sigma_max):
             raise ValueError("--class-min to --class-max must overlap --sigma-min to --sigma-max")
+        if not 2 <= self.cells <= 1024:
+            raise ValueError(f"--cells must be from 2 to 1024, not {self.cells}")
         if self.nfe > 1 and self.ratio == "exact":
             raise ValueError("--nfe must be 1 for --ratio exact, which knows the density of G(z)")
-        if self.part != "both" and self.batch < 16:
-            raise ValueError(f"--part {self.part} has 16 noise levels: --batch must be at least 16")
+        if self.part != "both" and (self.norm != "batch" or self.batch < 16):
+            raise ValueError(f"--part {self.part} goes with --norm batch, and a --batch of at least"
+                             " 16, its noise levels")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins: --batch must be at least 20")
         if self.reward and (self.part != "both" or self.norm != "batch"):
@@ -199,7 +202,7 @@ class Distiller:
         else:
             gap = (D_fake - self.teacher(x_t, b.sigma)).detach() / b.sigma              # line 8
         if cfg.ratio == "exact":                                # the truth in line 9's place
-            log_r = self.log_r(self.G, x_t.detach(), b.sigma, cfg.cells)
+            log_r = self.log_r(self.G, x_t.detach(), b.sigma, cfg.cells, splits=0)
         check_finite(f"step {self.moves + 1}", b.sigma, score_gap=gap, log_r=log_r)
         return gap, slope, log_r.detach()
 
@@ -306,9 +309,9 @@ class Distiller:
     def needs_classifier(self):
         return self.cfg.ratio == "classifier" or bool(self.cfg.gan or self.cfg.teacher_free)
 
-    def log_r(self, G, x_t, sigma, cells=128):
+    def log_r(self, G, x_t, sigma, cells=128, splits=2):
         """log q_sigma / p_sigma at x_t, (N, 1), of a student G: the truth."""
-        return (log_q(G, x_t, sigma, cells) - self.teacher.log_p(x_t, sigma))[:, None]
+        return (log_q(G, x_t, sigma, cells, splits) - self.teacher.log_p(x_t, sigma))[:, None]
 
     def averaged(self, u):
         """The student that is measured: G with averaged weights."""

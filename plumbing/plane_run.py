@@ -33,7 +33,7 @@ class Film:
         for level in FRAME_SIGMAS:
             sigma = torch.full_like(self.noise[:, :1], level)
             x_t = d.G(d.start(self.latents)) + sigma * self.noise
-            log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells) if d.cfg.ratio == "exact"
+            log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells, 0) if d.cfg.ratio == "exact"
                          else -d.fake.encode(x_t, sigma, self.latents.last))
         self.x.append(d.averaged(d.start(self.latents, d.averaged)).half().cpu().numpy())
         self.log_r.append(torch.cat(log_r, 1).T.half().cpu().numpy())
@@ -57,9 +57,11 @@ def write(folder, d, result, seen, frames, scatter):
 
 def tell(result, folder):
     """A run's numbers on standard output."""
-    errors = ", ".join(f"{e:.2f} at {level}" for level, e in result["log_r_by_sigma"].items())
-    if errors:
-        print(f"the classifier's error in log r, root-mean-square, by sigma: {errors}")
+    by_level = lambda errors: ", ".join(f"{e:.2g} at {s}" for s, e in errors.items())   # noqa: E731
+    if result["log_r_by_sigma"]:
+        print("the classifier's error in log r, root-mean-square, by sigma: "
+              + by_level(result["log_r_by_sigma"]))
+        print(f"half the ruler's cells change the truth by: {by_level(result['ruler_by_sigma'])}")
     divergences = ""
     if result["kl_pq"] is not None:
         divergences = f"KL(p|q) {result['kl_pq']:.3f}, KL(q|p) {result['kl_qp']:.3f}, "

@@ -157,14 +157,18 @@ def cell(values, digits):
     return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if len(values) > 1 else "")
 
 
+def is_held(rows, row):
+    """Whether --ess tempered a row's weights: tau is below 1."""
+    return any(tau < 0.995 for tau in values_of(rows, row, "tau"))
+
+
 def table(group, rows):
-    """A group's table, in Markdown; a column that no row has is left out. A row is held where --ess
-    tempered its weights: where tau is below 1."""
+    """A group's table, in Markdown; a column that no row has is left out."""
     columns = [k for k in group.columns if any(values_of(rows, row, k) for row in rows)]
     lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)]]
     lines.append(["---"] * len(lines[0]))
     for row, by_seed in rows.items():
-        held = "held" if any(tau < 0.995 for tau in values_of(rows, row, "tau")) else ""
+        held = "held" if is_held(rows, row) else ""
         name = [group.labels.get(row), held, group.rows[row] and f"`{group.rows[row]}`"]
         lines.append([", ".join(filter(None, name)), str(len(by_seed)),
                       *(cell(values_of(rows, row, k), COLUMNS[k][1]) for k in columns)])

@@ -750,11 +750,11 @@ def test_one_image_a_step_leaves_no_nan(here):
     dict(guide="tiny.pt", guide_low=0.1, guide_high=10, amp="bf16"),
     dict(bank="statistics.npz", reference="statistics.npz", amp="fp16", data="labelled.npz"),
     dict(teacher="tiny-cond.pt", data="labelled.npz", bank="none", guide="self"),
-    dict(teacher_free=True, part="level", norm="batch", gradient_checkpointing=True)])
+    dict(teacher_free=True, part="level", norm="batch", batch=8, gradient_checkpointing=True)])
 def test_every_kind_of_run(here, capsys, options):
     out = "kind-" + "-".join(map(str, options))
     assert start(out, kimg=0.004, **options) == 0
-    assert "after 4 images" in capsys.readouterr().out
+    assert f"after {options.get('batch', 4)} images" in capsys.readouterr().out
     json.loads((here / out / "result.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -767,7 +767,7 @@ def test_paper_preset_on_an_official_file(here, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert cifar_distill.main([
         "--preset", "paper", "--batch", "2", "--kimg", "0.004", "--wait-kimg", "0.002",
-        "--features", "compact", "--eval-n", "4", "--preview", "1", "--device", "cpu",
+        "--features", "compact", "--eval-n", "6", "--preview", "1", "--device", "cpu",
         "--data", "tiny_samples.zip", "--out", str(out)]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["images"] == 4 and result["config"]["lr_g"] == 1e-5
@@ -894,6 +894,8 @@ def test_bad_options_are_one_line(here, whole, capsys):
     bad("--norm", norm="layer")
     bad("--norm two-stage", norm="two-stage")
     bad("--part level goes with --norm batch", part="level")
+    bad("--batch of at least 8", part="level", norm="batch", batch=7)
+    bad("--eval-n must be at least 6", eval_n=5)
     bad("--t-min must be below --t-max", t_min=0.9)
     bad("--ess", ess=1.1)
     bad("--nfe: must be a whole number from 1 to 16", nfe=17)

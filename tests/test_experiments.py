@@ -165,16 +165,16 @@ def test_a_signal_is_handed_on_once_and_begins_nothing_more(tmp_path, capsys):
 
 
 def test_run_draws_tells_and_makes_nothing_twice(tmp_path, monkeypatch, capsys):
-    """Two real runs: one that ends well, and one whose cells no memory holds."""
+    """Two real runs: one that ends well, and one that diverges."""
     short = "--steps 3 --batch 16 --width 8 --init-steps 1"
     monkeypatch.setitem(GROUPS, "tiny", Group("tiny", TOY, {
-        "good": "--h kl", "bad": "--h sba --lam 5 --ratio exact --cells 9999"}, PLANE, short, 1))
+        "good": "--h kl", "bad": "--h sba --lam 5 --lr-f 1e12"}, PLANE, short, 1))
     argv = ["--run", "tiny", "--results", str(tmp_path / "r"), "--figures", str(tmp_path / "f"),
             "--jobs", "2"]
     assert experiments.main(argv) == 1
     said = capsys.readouterr()
     told, = (line for line in said.err.splitlines() if "failed" in line)
-    assert "tiny/bad_seed0 failed: toy2d.py: cells must be" in told
+    assert "tiny/bad_seed0 failed: toy2d.py: step 2: " in told
     assert f"tiny: tiny, by toy2d.py {short}\n\n| options | seeds |" in said.out
     assert "| `--h kl` | 1 |" in said.out and "lam 5" not in said.out
     folder = tmp_path / "r/tiny/good_seed0"

@@ -310,14 +310,32 @@ def test_a_collapsed_set_loses_recall_and_a_noisy_one_precision():
 
 def test_copies_are_inside_and_no_sample_is_its_own_neighbour():
     real = normal(40, 256) * 100 + 1000                     # far from 0: distances round
-    assert set(fid.precision_recall(real, real).values()) > {1.0}
+    same = fid.precision_recall(real, real)
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
     assert fid.precision_recall(real, real.clone()) == pytest.approx(brute_force(real, real))
+    many = normal(41, 257) * 100 + 1000                     # a size at which copies' distances
+    copied = fid.precision_recall(many.repeat(6, 1), torch.cat([many, many[:7] + 50]))  # round
+    assert copied["precision"] == pytest.approx(41 / 48) and copied["coverage"] == 1
     thrice = real[:10].repeat(6, 1)                         # radius 0: copies only
     copied = fid.precision_recall(thrice, torch.cat([real[:10], real[20:40]]))
     assert copied["precision"] == pytest.approx(1 / 3) and copied["coverage"] == 1
     assert copied["density"] == pytest.approx(10 * 6 / 5 / 30)
     one = fid.precision_recall(real, real[:1].repeat(40, 1))
     assert one["recall"] == pytest.approx(1 / 40) and one["precision"] == 1
+
+
+@pytest.mark.parametrize("std", [1e-2, 1e-4])
+def test_precision_and_recall_of_tight_clusters(std):
+    """Balls much smaller than their distance from the centre."""
+    real, generated = (normal(200, 8, seed=s) * std + torch.tensor([1.0, -1.0]).repeat(100)[:, None]
+                       for s in (0, 1))
+    got = fid.precision_recall(real, generated)
+    assert got == pytest.approx(brute_force(real, generated)) and got["recall"] < 1
+
+
+def test_variety_knows_which_set_is_real():
+    collapsed = fid.variety(measured(normal(300, 4, seed=1) * 0.2), measured(normal(300, 4)))
+    assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.2
 
 
 @pytest.mark.parametrize("real, generated, k, reason", [

@@ -1,7 +1,7 @@
 """plane.py: teachers against autograd and quadrature, the student's density against brute force.
 
 fixtures/students.pt holds two students that toy2d.py trained (the averaged weights, rounded to
-float16), and log q_sigma by brute force at 128 points of each and of each noise level. Made anew by
+float16), and log q_sigma by brute force at 512 points of each and of each noise level. Made anew by
 
     python -m tests.test_plane                      # ten minutes on one core
 """
@@ -16,6 +16,7 @@ from scipy.integrate import quad
 from torch import nn
 
 import bregman
+import plane
 from plane import TARGETS, Mixture, divergence, log_q, log_ratios, mode_statistics
 from toy2d import Config, distil, mlp
 
@@ -23,7 +24,7 @@ F64 = torch.float64
 close = torch.testing.assert_close
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/students.pt"
 LEVELS = (0.02, 0.05, 0.2)                          # sigma at which brute force was done
-FINE = (3072, 4096)                                 # its latents on each axis, twice
+COARSE = 1024                                       # its latents on each axis, to begin with
 
 
 # ------------------------------------------------------------------------------ by brute force
@@ -67,18 +68,31 @@ def make():
         cfg = Config(h=h, seed=0)
         d, result, *_ = distil(cfg)
         weights = {k: v.half() for k, v in zip(d.G.state_dict(), d.ema)}
-        students[h] = dict(config=asdict(cfg), weights=weights)
-        G = rebuild(students[h])
-        x_t = [noised(G, s, 128, seed=1) for s in LEVELS]
-        coarse, fine = (brute_force(G, x_t, LEVELS, n) for n in FINE)
-        students[h] |= dict(sigma=list(LEVELS), x_t=x_t, log_q=fine, log_q_coarse=coarse)
-        for s, a, b in zip(LEVELS, coarse, fine):
-            print(f"{h}, {s}: the two resolutions differ by {(a - b).abs().max():.4f}")
-            for cells in (32, 64, 128):
-                off = log_q(G, x_t[LEVELS.index(s)], torch.full((128, 1), s), cells) - b
-                print(f"    {cells} cells: {off.square().mean().sqrt():.3f}, {off.abs().max():.2f}")
+        students[h] = with_truth(dict(config=asdict(cfg), weights=weights))
         torch.save(students, FIXTURE)
         print(h, {k: result[k] for k in ("modes_covered", "mode_tv", "on_mode")}, flush=True)
+
+
+def with_truth(student):
+    """-> it and its densities by brute force, at each point with twice the latents on an axis until
+    that changes little; the few where it always does are left out. Prints how far off log_q is."""
+    G = rebuild(student)
+    found = dict(sigma=list(LEVELS), x_t=[], log_q=[], log_q_coarse=[])
+    for s in LEVELS:
+        x, n = noised(G, s, 512, seed=1), 2 * COARSE
+        coarse, fine = (brute_force(G, [x], [s], m)[0] for m in (COARSE, n))
+        while (open := (fine - coarse).abs() > 0.01).any() and n < 8 * COARSE:
+            n, coarse[open] = 2 * n, fine[open]
+            fine[open] = brute_force(G, [x[open]], [s], n)[0]
+        x, coarse, fine = x[~open], coarse[~open], fine[~open]
+        print(f"{s}: {len(x)} of 512 points settle with at most {n} latents on an axis")
+        for cells, splits in ((128, 2), (64, 2), (128, 0), (32, 0)):
+            off = log_q(G, x, torch.full((len(x), 1), s), cells, splits) - fine
+            print(f"{s}: {cells} cells, {splits} splits: {off.square().mean().sqrt():.4f}, "
+                  f"{off.abs().max():.2f}", flush=True)
+        for key, value in (("x_t", x), ("log_q", fine), ("log_q_coarse", coarse)):
+            found[key].append(value)
+    return student | found
 
 
 # ----------------------------------------------------------------------- the student's density
@@ -94,20 +108,21 @@ def test_log_q_is_that_of_brute_force(h, level):
     G, fixture = students()[h]
     i = fixture["sigma"].index(level)
     truth, coarse, x_t = fixture["log_q"][i], fixture["log_q_coarse"][i], fixture["x_t"][i]
-    assert len(x_t) >= 128 and (truth - coarse).abs().max() < 0.01      # two resolutions agree
-    close(x_t, noised(G, level, 128, seed=1), rtol=0, atol=1e-4)        # and the points are q's
-    rms = {}
-    for cells in (32, 64, 128):
-        off = log_q(G, x_t, torch.full((128, 1), level), cells) - truth
-        rms[cells] = off.square().mean().sqrt().item()
-    assert rms[128] < 0.05 and rms[128] < rms[64] < rms[32] < 0.25
+    assert len(x_t) >= 500 and (truth - coarse).abs().max() < 0.01      # two resolutions agree
+    points = noised(G, level, 512, seed=1)                              # and the points are q's
+    assert (x_t[:, None] - points).abs().sum(2).amin(1).max() < 1e-4
+    rms = []
+    for how in ((128, 2), (64, 2), (32, 2), (32, 0)):       # cells, splits; the last: in training
+        off = log_q(G, x_t, torch.full((len(x_t), 1), level), *how) - truth
+        rms.append(off.square().mean().sqrt().item())
+    assert rms[0] < 0.02 and rms == sorted(rms) and rms[-1] < 0.25
 
 
 @pytest.mark.parametrize("h", ["kl", "be"])
 def test_brute_force_of_the_fixture(h):
-    """With an eighth of the latents on each axis, at a quarter of the points."""
+    """With half of the latents on an axis, or fewer, at some of the points."""
     G, fixture = students()[h]
-    found = brute_force(G, [x[:32] for x in fixture["x_t"]], LEVELS, FINE[1] // 8)
+    found = brute_force(G, [x[:32] for x in fixture["x_t"]], LEVELS, COARSE // 2)
     for values, kept, atol in zip(found, fixture["log_q"], (0.05, 0.02, 0.01)):
         close(values, kept[:32], rtol=0, atol=atol)
 
@@ -159,9 +174,12 @@ def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
 
 @pytest.mark.parametrize("G, x_t, cells, message", [
     (nn.Linear(2, 2), torch.zeros(5, 2), 1, "cells must be from 2 to"),
-    (nn.Linear(2, 2), torch.zeros(5, 2), 5000, "not 5000"),
-    (nn.Linear(2, 3), torch.zeros(5, 2), 8, "not .256, 3."),
-    (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t must be .N, 2., not .5, 3.")])
+    (nn.Linear(2, 2), torch.zeros(5, 2), 257, "to 256, not 257"),       # 4 times as many by splits
+    (nn.Linear(2, 2), torch.zeros(5, 2), 8.5, "not 8.5"),
+    (nn.Linear(2, 3), torch.zeros(5, 2), 8, "gives .N, 2., not .1, 3."),
+    (nn.Linear(3, 2), torch.zeros(5, 2), 8, "takes .N, 2.: "),
+    (nn.Linear(2, 2), torch.zeros(5, 3), 8, "x_t must be .N, 2. .* not .5, 3."),
+    (nn.Linear(2, 2), torch.zeros(9, 2), 8, "sigma .N, 1., not .9, 2. and .5, 1.")])
 def test_bad_input_of_log_q(G, x_t, cells, message):
     with pytest.raises(ValueError, match=message):
         log_q(G, x_t, torch.ones(5, 1), cells)
@@ -215,6 +233,18 @@ def test_what_lambda_asks_for():
             sum(sigma * divergence(h, log_r) for sigma, log_r in zip(levels, some))
             for some in (one, eight))
         assert (cost_of_one < cost_of_eight) == prefers_one
+
+
+def test_table_of_what_lambda_asks_for(monkeypatch, capsys):
+    """With r = 2 everywhere for the eight modes and r = 4 for the one: D_h = 2 B(r) / (1 + r), where
+    B(r) = (r - 1)^2 / 2 at lam = 1; the mean of sigma over all levels is 1.98 / ln 100."""
+    monkeypatch.setattr(plane, "log_ratios", lambda G, target, sigma, n, g: torch.full(
+        (2,), math.log(2 if isinstance(G, nn.Module) else 4)))
+    plane.main([])
+    row, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |"))
+    got = [float(cell.split("±")[0]) for cell in row.split("|")[2:-1]]
+    mean = 1.98 / math.log(100)
+    assert got == pytest.approx([1 / 3, mean / 3, 1.8, 1.8 * mean], rel=0.05)
 
 
 # --------------------------------------------------------------------------------- the teachers
