@@ -103,7 +103,7 @@ def log_q(G, x_t, sigma, cells=128, splits=2):
     q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). A cell whose image is wider
     than the noise, a bridge's, is cut in four, `splits` times. x_t: (N, 2), sigma: (N, 1).
     Raises ValueError for a student that does not map the plane to the plane, for other shapes, and
-    for cells below 2 or, counted after all splits, beyond 1024 on an axis (3 GB).
+    for cells below 2 or, counted after all splits, beyond 1024 on an axis (0.3 GB at width 96).
     """
     if cells not in range(2, 1024 // 2 ** splits + 1):
         raise ValueError(f"cells must be from 2 to {1024 // 2 ** splits}, not {cells}")

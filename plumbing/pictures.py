@@ -115,7 +115,8 @@ def curves(logs, titles, names={}):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
+               ncols=2 if len(logs) == 4 else 3)
     return fig
 
 
