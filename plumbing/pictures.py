@@ -36,11 +36,11 @@ def grid_of_axes(n, columns, height):
     return fig, axes.flat[:n]
 
 
-def lambdas(rows, about, bars=False):
+def lambdas(rows, about, bars=False, more=0):
     """What runs gave against lambda, a panel for each of `about`, (key, title, upper limit), as
-    lines or as bars. rows: label -> (colour, line style, {lambda: {key: a value a seed}}). A bar of
+    lines or as bars, and `more` empty panels. rows: label -> (colour, line style, {lambda: {key: a value a seed}}). A bar of
     one standard deviation stands where there is more than one seed."""
-    fig, (axes,) = pyplot().subplots(1, len(about), figsize=(12, 6.5), squeeze=False,
+    fig, (axes,) = pyplot().subplots(1, len(about) + more, figsize=(12, 6.5), squeeze=False,
                                      layout="constrained")
     rows = {text: row for text, row in rows.items() if row[2]}
     ticks = sorted({lam for *_, points in rows.values() for lam in points})
@@ -60,6 +60,16 @@ def lambdas(rows, about, bars=False):
         ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
+
+
+def divergence(ax, costs):
+    """costs: lambda -> the divergence of eight modes over that of one."""
+    ax.plot(range(len(costs)), list(costs.values()), "s-", color="black", ms=11)
+    ax.axhline(1, color="#777777", ls="--")
+    ax.set_xticks(range(len(costs)), [f"{lam:g}" for lam in costs])
+    ax.set(yscale="log", xlabel="λ of the weight $r^λ$", title="divergence: eight modes / one mode")
+    ax.text(0, 3, "one mode costs less", va="bottom")
+    ax.text(len(costs) - 1, 0.3, "eight cost less", va="top", ha="right")
 
 
 def panels(students, columns):

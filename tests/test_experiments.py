@@ -307,6 +307,8 @@ def test_lambda_picture_shows_means_and_spreads(tmp_path):
     *_, bar = experiments.parts_picture(rows).axes[0].containers
     assert line.get_label() == "exact r, batch 256 (seeds: 3)"
     assert line[0].get_ydata() == pytest.approx([19 / 3])
+    cost, even = experiments.lambda_picture(rows).axes[1].lines
+    assert cost.get_ydata()[-2] == pytest.approx(4300 / 3) and even.get_ydata()[0] == 1
     low, high = line[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(statistics.stdev((8, 5, 6)))
     assert bar[0].get_height() == pytest.approx(19 / 3)
