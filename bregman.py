@@ -9,7 +9,7 @@ of VSD and DMD times one number per sample,
 so h enters the training only as the weight h''(r) r. A classifier's logit l, with sigmoid(l) =
 p / (p + q), gives log r = -l; ratios and weights are kept as logarithms.
 
-    python bregman.py           # Table 1 with numbers, runs/weights.png; 2 s: SBA 5 at r = 2 is 32
+    python bregman.py           # prints Table 1 with numbers, draws runs/weights.png: 2 s
 
     h = get("sba", lam=5); h.weight(-logits)
 """
@@ -147,7 +147,7 @@ def split(log_w, log_mean, rate):
     """A weight has two parts: w = E[w | sigma] times w / E[w | sigma], how much a noise level
     counts and how much a sample counts within its level.
 
-    log_w: (n,), sorted by noise level. log_mean: (bins,), log E[w | sigma] in equal shares of them;
+    log_w: (n,), sorted by noise level. log_mean: (bins,), log E[w | sigma] of an equal slice each;
     this batch moves the running mean by `rate`, in (0, 1], in place. Returns the logarithms of both
     parts, (n,) each.
     """

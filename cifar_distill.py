@@ -145,7 +145,7 @@ class Distiller:
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)      # 10 as in f-distill
         self.level = torch.zeros(bins, device=cfg.device)  # running mean at each noise level: of
         #                                       log r with --norm level, of the weight with --part
-        self.steps = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
+        self.g_sigmas = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                      # of what was logged since the last row: Loop empties it
 
@@ -172,11 +172,11 @@ class Distiller:
         b.last (n,) says which evaluation is an image's last, from 0 to K - 1; those before it, of
         noise b.before (n, K - 1, C, H, W), are not learned from."""
         x = torch.zeros_like(b.z)
-        for k, sigma in enumerate(self.steps[:-1]):
+        for k, sigma in enumerate(self.g_sigmas[:-1]):
             more = b.last > k
             c = None if b.c is None else b.c[more]
             x[more] = self.G(x[more] + sigma * b.before[more, k], sigma, c)
-        sigma = torch.tensor(self.steps, device=x.device)[b.last][:, None, None, None]
+        sigma = torch.tensor(self.g_sigmas, device=x.device)[b.last][:, None, None, None]
         return x + sigma * b.z, sigma
 
     def told(self, b, c):

@@ -98,12 +98,12 @@ def normal_cells(n):
 def log_q(G, x_t, sigma, cells=128, splits=2):
     """log q_sigma(x_t), (N,), of any student x = G(z), z ~ N(0, I) in the plane.
 
-    The plane of z is cut into cells x cells of equal probability. The image of one is nearly a
-    Gaussian, whose mean and covariance C come from four points, exactly so where G is linear:
-    q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). A cell whose image is wider
-    than the noise, a bridge's, is cut in four, `splits` times. x_t: (N, 2), sigma: (N, 1).
-    Raises ValueError for a student that does not map the plane to the plane, for other shapes, and
-    for cells below 2 or, counted after all splits, beyond 1024 on an axis (0.3 GB at width 96).
+    The plane of z is cut into cells x cells of equal probability. A cell's image is taken for a
+    Gaussian. Its mean and covariance C are those of the images of four points, m +- s on each axis,
+    which is exact where G is linear: q_sigma is the mean over cells of N(mean, sigma^2 I + C). A
+    cell whose image is wider than half the least sigma, a bridge's, is cut in four, `splits` times.
+    x_t: (N, 2), sigma: (N, 1). Raises ValueError for a student that does not map the plane to the
+    plane, for other shapes, and for cells below 2 or, after all splits, beyond 1024 on an axis.
     """
     if cells not in range(2, 1024 // 2 ** splits + 1):
         raise ValueError(f"cells must be from 2 to {1024 // 2 ** splits}, not {cells}")
@@ -120,13 +120,13 @@ def log_q(G, x_t, sigma, cells=128, splits=2):
     cell, parts = torch.cartesian_prod(*2 * [torch.arange(cells)]), []          # (K, 2)
     for split in range(splits + 1):
         n = cells * 2 ** split
-        m, s = normal_cells(n)                      # a cell's mean and variance are its points'
+        m, s = normal_cells(n)                      # m +- s have a cell's mean and variance
         z = (m[cell] + corner[:, None] * s[cell]).to(x_t).view(-1, 2)
         x = torch.cat([G(some) for some in z.split(2 ** 18)]).view(4, len(cell), 2)
         mean = x.mean(0)                                                        # (K, 2)
         dx, dy = (x - mean).unbind(2)                                           # (4, K)
         xx, xy, yy = dx.square().mean(0), (dx * dy).mean(0), dy.square().mean(0)        # C
-        wide = (xx + yy > sigma.min() ** 2) & (split < splits)
+        wide = (4 * (xx + yy) > sigma.min() ** 2) & (split < splits)
         part = torch.stack([*mean.T, xx, xy, yy, torch.full_like(xx, -2 * math.log(n))])
         parts.append(part[:, ~wide])
         cell = (2 * cell[wide.cpu(), None] + (corner > 0)).view(-1, 2)
@@ -153,10 +153,10 @@ def log_ratios(G, target, sigma, n, generator):
 
 
 def divergence(h, log_r, clip=5.0):
-    """D_h(r || 1) from log_ratios, (2n,), for the convex function whose h''(r) r is the weight of h
-    at log r within +-clip.
+    """D_h(r || 1) from log_ratios, (2n,), of the h whose weight h''(r) r stays as it is beyond log r
+    = +-clip.
 
-    D_h is the integral of p B(r), and B(r) that of (r - s) h''(s) from s = 1 to r. The samples'
+    D_h is the integral of p B(r), and B(r) that of (r - s) h''(s) ds from s = 1 to r. The samples'
     density is (p + q)/2, of which p is 2/(1 + r): bridges, where p has nothing, are seen too.
     """
     log_r = log_r.double()[:, None]

@@ -63,8 +63,9 @@ class FakeScore(nn.Module):
         while none of them does."""
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()
         which = [(made_by == k).float() for k in range(1, self.nfe)]            # none with K = 1
+        # features from before the last SiLU: after it their mean, a head, is hardly below 0
         features = self.encoder(torch.cat([c_in * x, sigma.log() / 2, *which], 1))      # (N, width)
-        y = self.decoder(features)      # from before the last SiLU, whose mean is hardly below 0
+        y = self.decoder(features)
         return y[:, :2], y[:, 2:] if self.head == "linear" else features.mean(1, keepdim=True)
 
     def forward(self, x, sigma, made_by=None, return_logits=False):
@@ -148,14 +149,14 @@ class Distiller:
         if cfg.reward:
             self.a = REWARDS[cfg.reward].to(cfg.device)
             self.target = self.teacher.tilt(self.a)
-        self.steps = [cfg.sigma_init * (1 - k / cfg.nfe) ** 2 for k in range(cfg.nfe)]  # G's levels
+        self.g_sigmas = [cfg.sigma_init * (1 - k / cfg.nfe) ** 2 for k in range(cfg.nfe)]  # G's levels
         self.G, self.fake = self.copy_weights()                                         # line 1
         self.ema = [p.detach().clone() for p in self.G.parameters()]
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
         self.level = torch.zeros(16, device=cfg.device)         # log of w's mean by noise level
         self.moves = 0                                          # updates of the student
-        self.last = {}                                          # what the last step logged
+        self.logged = {}                                          # what the last step logged
 
     def step(self):
         """Lines 3 to 22, once."""
@@ -179,7 +180,7 @@ class Distiller:
         b.before (K - 1, n, 2), are not learned from. G: another network than self.G."""
         if self.cfg.nfe == 1:
             return b.z
-        for k, (noise, sigma) in enumerate(zip((*b.before, b.z), self.steps)):
+        for k, (noise, sigma) in enumerate(zip((*b.before, b.z), self.g_sigmas)):
             x = (G or self.G)(u) if k else 0.0
             now = (x + sigma * noise) / math.hypot(sigma, FakeScore.sigma_data)
             now = F.pad(now, (0, 1), value=sigma)
@@ -210,15 +211,15 @@ class Distiller:
         """-> h''(r) r with batch mean one, (n, 1). Noise levels rise in the batch, so that its
         slices are levels."""
         cfg, every = self.cfg, log_r.flatten()                                          # (n,)
-        self.last["log_r"] = every
+        self.logged["log_r"] = every
         if cfg.norm == "two-stage":
             every = bregman.two_stage(every)
         log_w = self.h.log_weight(every.clamp(-cfg.clip, cfg.clip))
         if cfg.part != "both":
             level, within = bregman.split(log_w, self.level, max(0.02, 1 / (1 + self.moves)))
             log_w = level if cfg.part == "level" else within
-        w, self.last["ess"], self.tau = bregman.batch_weights(log_w, cfg.ess)
-        # log of the mean that makes them so, which reward_slope() takes too
+        w, self.logged["ess"], self.tau = bregman.batch_weights(log_w, cfg.ess)
+        # log of the mean that they were divided by, which reward_slope() divides by too
         self.scale = (self.tau * log_w).logsumexp(0) - math.log(len(log_w))
         return w.view_as(log_r)
 
@@ -232,7 +233,7 @@ class Distiller:
         learns = (b.sigma_f >= cfg.class_min) & (b.sigma_f <= cfg.class_max)
         classifier = classifier * learns[:, 0] * self.needs_classifier()
         check_finite(f"step {self.moves}", b.sigma_f, loss_score=score, loss_class=classifier)
-        self.last |= dict(loss_score=score.mean().detach(), loss_class=classifier.mean().detach())
+        self.logged |= dict(loss_score=score.mean().detach(), loss_class=classifier.mean().detach())
         return score.mean() + classifier.mean()                                         # line 22
 
     def descend(self, opt, loss):
@@ -378,9 +379,9 @@ def distil(cfg, frames=24, points=200, bar=True):
         d.step()
         if i % every == 0:
             stats = mode_statistics(d.samples(2000), d.target)
-            history.append(dict(step=i, **stats) | {k: float(d.last[k]) for k in (
+            history.append(dict(step=i, **stats) | {k: float(d.logged[k]) for k in (
                 "ess", "loss_score", "loss_class")})
-            seen.append(d.last["log_r"].cpu())
+            seen.append(d.logged["log_r"].cpu())
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
         film.look(d, i)

@@ -42,7 +42,7 @@ class Judge:
 
     def row(self, d, rows):
         """A row of log.csv, after these; a grid, and curve.png. It warns of a sick run."""
-        images = sample(d.ema, self.cfg.eval_n, levels=d.steps)
+        images = sample(d.ema, self.cfg.eval_n, levels=d.g_sigmas)
         row = self.compare(fid.measure(images, self.net))
         save_grid(images[:self.cfg.preview], self.out / f"grid_{d.seen:09}.png",
                   classes=d.ema.label_dim)
@@ -80,9 +80,9 @@ class Judge:
         sample(d.teacher, n, steps=1)                               # warm before it is timed
         teachers, slow = timed(lambda: sample(d.teacher, n))
         # of the student 8 times as many: n take too little time to measure
-        students, fast = timed(lambda: sample(d.ema, 8 * n, levels=d.steps))
+        students, fast = timed(lambda: sample(d.ema, 8 * n, levels=d.g_sigmas))
         slow, fast = slow / n, fast / (8 * n)
-        evaluations = "1 evaluation" if len(d.steps) == 1 else f"{len(d.steps)} evaluations"
+        evaluations = "1 evaluation" if len(d.g_sigmas) == 1 else f"{len(d.g_sigmas)} evaluations"
         guided = ", guided" if hasattr(d.teacher, "good") else ""
         side_by_side({f"teacher: 35 evaluations{guided}": teachers,
                       f"student: {evaluations}, same noise": students[:n]}, out / "samples.png",

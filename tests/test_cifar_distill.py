@@ -125,7 +125,7 @@ def test_with_more_evaluations_the_last_one_learns_and_they_take_turns(name):
     network that is told which one it was, in labels after those of the class."""
     classes = LABELS if name == "tiny-cond" else None
     d = distiller(teacher(name), labels=classes, nfe=3)
-    assert d.steps == pytest.approx([2.5, 2.5 * 4 / 9, 2.5 / 9])
+    assert d.g_sigmas == pytest.approx([2.5, 2.5 * 4 / 9, 2.5 / 9])
     b, G, fake = before_step(d)
     assert b.before.shape == (8, 2, 3, 8, 8) and b.last.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     with counted(d) as count:
@@ -136,7 +136,7 @@ def test_with_more_evaluations_the_last_one_learns_and_they_take_turns(name):
     for i, last in enumerate(b.last.tolist()):
         noise, x = torch.stack([*b.before[i, :last], b.z[i]])[:, None], torch.zeros(1, 3, 8, 8)
         c = None if classes is None else b.c[i:i + 1]
-        for sigma, z in zip(d.steps, noise):
+        for sigma, z in zip(d.g_sigmas, noise):
             x = G(x.detach() + sigma * z, sigma, c)
         sigma, made_by = b.sigma[i].item(), torch.eye(3)[last:last + 1]
         x_t = x + sigma * b.noise[i]

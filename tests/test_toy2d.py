@@ -42,7 +42,7 @@ def coarse(monkeypatch):
 def trained(**options):
     """A Distiller after all its steps, and what each logged."""
     d = Distiller(Config(**TINY | options))
-    return d, [d.step() or dict(d.last) for _ in range(d.cfg.steps)]
+    return d, [d.step() or dict(d.logged) for _ in range(d.cfg.steps)]
 
 
 def prepared(**options):
@@ -113,7 +113,7 @@ def test_update_is_eq_4(h, lam):
     field(d, b)
     for p, expected in zip(d.G.parameters(), by_hand):
         close(p.grad, expected, rtol=1e-3, atol=1e-6)
-    close(d.last["ess"], 1 / w.square().mean())
+    close(d.logged["ess"], 1 / w.square().mean())
 
 
 def test_reward_update_is_the_corrected_eq_35():
@@ -197,10 +197,10 @@ def test_classifier_learns_at_its_noise_levels_alone():
     d.cfg.class_min, d.cfg.class_max = 100.0, 200.0
     before = d.fake.decoder[1].weight[2].clone()
     d.step()
-    assert d.last["loss_class"] == 0 and torch.equal(d.fake.decoder[1].weight[2], before)
+    assert d.logged["loss_class"] == 0 and torch.equal(d.fake.decoder[1].weight[2], before)
     d = Distiller(Config(**TINY))
     d.step()
-    assert abs(d.last["loss_class"] - 2 * math.log(2)) < 0.01
+    assert abs(d.logged["loss_class"] - 2 * math.log(2)) < 0.01
     assert not torch.equal(d.fake.decoder[1].weight[2], before)
 
 
@@ -308,13 +308,13 @@ def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
     the gradient goes through a sample's last evaluation alone, and the fake network is told which
     one it was."""
     d = Distiller(Config(nfe=3, batch=32, init_steps=900))
-    assert d.steps == pytest.approx([1.4, 1.4 * 4 / 9, 1.4 / 9])
+    assert d.g_sigmas == pytest.approx([1.4, 1.4 * 4 / 9, 1.4 / 9])
 
     def sees(x_t, sigma):
         """What G does: unit size, and the noise level."""
         return torch.cat([x_t / (sigma ** 2 + 0.49) ** 0.5, torch.full((len(x_t), 1), sigma)], 1)
 
-    for k, sigma in enumerate(d.steps):
+    for k, sigma in enumerate(d.g_sigmas):
         x = d.teacher.sample(2000, d.generator) if k else torch.zeros(2000, 2)
         x_t = x + sigma * d.normal(2000)
         expected = d.teacher(x_t, torch.full((2000, 1), sigma))
@@ -329,7 +329,7 @@ def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
     total = 0
     for i, last in enumerate(b.last.flatten().tolist()):
         x, some = torch.zeros(1, 2), slice(i, i + 1)
-        for sigma, z in zip(d.steps[:last + 1], [*b.before[:, some], b.z[some]]):
+        for sigma, z in zip(d.g_sigmas[:last + 1], [*b.before[:, some], b.z[some]]):
             x = G(sees(x.detach() + sigma * z, sigma))
         x_t, sigma = x + b.sigma[some] * b.noise[some], b.sigma[some]
         gap = (fake(x_t, sigma, b.last[some]) - d.teacher(x_t, sigma)) / sigma      # KL: w is 1
