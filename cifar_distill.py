@@ -145,7 +145,7 @@ class Distiller:
         bins = min(8 if cfg.part != "both" else 10, cfg.batch)      # 10 as in f-distill
         self.level = torch.zeros(bins, device=cfg.device)  # running mean at each noise level: of
         #                                       log r with --norm level, of the weight with --part
-        self.g_sigmas = student_levels(cfg.sigma_init, cfg.nfe)    # the noise levels that G sees
+        self.g_sigmas = student_levels(cfg.sigma_init, cfg.nfe)   # the noise levels that G sees
         self.seen = self.moves = 0                              # images, updates of the generator
         self.sums = {}                      # of what was logged since the last row: Loop empties it
 

@@ -153,8 +153,8 @@ def log_ratios(G, target, sigma, n, generator):
 
 
 def divergence(h, log_r, clip=5.0):
-    """D_h(r || 1) from log_ratios, (2n,), of the h whose weight h''(r) r stays as it is beyond log r
-    = +-clip.
+    """D_h(r || 1) from log_ratios, (2n,), of an h whose weight h''(r) r stays as it is where log r
+    leaves +-clip.
 
     D_h is the integral of p B(r), and B(r) that of (r - s) h''(s) ds from s = 1 to r. The samples'
     density is (p + q)/2, of which p is 2/(1 + r): bridges, where p has nothing, are seen too.

@@ -149,7 +149,7 @@ class Distiller:
         if cfg.reward:
             self.a = REWARDS[cfg.reward].to(cfg.device)
             self.target = self.teacher.tilt(self.a)
-        self.g_sigmas = [cfg.sigma_init * (1 - k / cfg.nfe) ** 2 for k in range(cfg.nfe)]  # G's levels
+        self.g_sigmas = [cfg.sigma_init * (1 - k / cfg.nfe) ** 2 for k in range(cfg.nfe)]
         self.G, self.fake = self.copy_weights()                                         # line 1
         self.ema = [p.detach().clone() for p in self.G.parameters()]
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)

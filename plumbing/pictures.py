@@ -38,8 +38,8 @@ def grid_of_axes(n, columns, height):
 
 def lambdas(rows, about, bars=False, more=0):
     """What runs gave against lambda, a panel for each of `about`, (key, title, upper limit), as
-    lines or as bars, and `more` empty panels. rows: label -> (colour, line style, {lambda: {key: a value a seed}}). A bar of
-    one standard deviation stands where there is more than one seed."""
+    lines or as bars, and `more` empty panels. rows: label -> (colour, line style, {lambda: {key: a
+    value a seed}}). A bar of one standard deviation stands where there is more than one seed."""
     fig, (axes,) = pyplot().subplots(1, len(about) + more, figsize=(12, 6.5), squeeze=False,
                                      layout="constrained")
     rows = {text: row for text, row in rows.items() if row[2]}

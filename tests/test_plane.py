@@ -236,7 +236,7 @@ def test_what_lambda_asks_for():
 
 
 def test_table_of_what_lambda_asks_for(monkeypatch, capsys):
-    """With r = 2 everywhere for the eight modes and r = 4 for the one: D_h = 2 B(r) / (1 + r), where
+    """With r = 2 everywhere for the eight and r = 4 for the one D_h is 2 B(r) / (1 + r), where
     B(r) = (r - 1)^2 / 2 at lam = 1; the mean of sigma over all levels is 1.98 / ln 100."""
     monkeypatch.setattr(plane, "log_ratios", lambda G, target, sigma, n, g: torch.full(
         (2,), math.log(2 if isinstance(G, nn.Module) else 4)))

@@ -438,8 +438,8 @@ def test_help_tells_every_option_its_text_and_default(capsys):
     ("--class-max 0.01", "overlap"), ("--reward linear --part level", "--reward"),
     ("--reward cubic", "--reward.*linear"), ("--cells 1", "--cells .* not 1"),
     ("--nfe 17", "--nfe.* 16"), ("--nfe 2 --ratio exact", "--nfe.* exact"),
-    ("--cells 1025", "--cells .* not 1025"), ("--part level --norm two-stage", "--part level .*norm"),
-    ("--bach 3", "--bach")])
+    ("--cells 1025", "--cells .* not 1025"), ("--bach 3", "--bach"),
+    ("--part level --norm two-stage", "--part level .*norm")])
 def test_bad_input(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
