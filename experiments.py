@@ -177,7 +177,7 @@ GROUPS = {
                            f"{RATED} --kimg 50"),
     "paper_100": Group("the same, 100,000 images", CIFAR,
                        {k: EVERY_H[k] for k in ("kl", "sba_5")}, UNHELD,
-                       f"{RATED} --kimg 100", seeds=2),
+                       f"{RATED} --kimg 100"),
     "paper_parts": Group("the same, a part of the weight", CIFAR, PARTS, UNHELD,
                          f"{RATED} --kimg 50", seeds=1),
     "paper_long": Group("the paper's setting, 500,000 images", CIFAR,
