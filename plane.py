@@ -87,7 +87,8 @@ REWARDS = {"linear": torch.tensor([1.5, 0.0])}      # R(x) = exp(a x): Appendix 
 
 def normal_cells(n):
     """-> mean and standard deviation, (n,) each and float64, of a standard normal between two
-    neighbours of the edges that cut the line into n cells of equal probability."""
+    neighbours of the edges that cut the line into n cells of equal probability. The variance is a
+    small difference, hence float64."""
     edge = torch.special.ndtri(torch.linspace(0, 1, n + 1, dtype=torch.float64))
     density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
     m = -n * density.diff()
@@ -99,9 +100,9 @@ def log_q(G, x_t, sigma, cells=128, splits=2):
     """log q_sigma(x_t), (N,), of any student x = G(z), z ~ N(0, I) in the plane.
 
     The plane of z is cut into cells x cells of equal probability. A cell's image is taken for a
-    Gaussian. Its mean and covariance C are those of the images of four points, m +- s on each axis,
-    which is exact where G is linear: q_sigma is the mean over cells of N(mean, sigma^2 I + C). A
-    cell whose image is wider than half the least sigma, a bridge's, is cut in four, `splits` times.
+    Gaussian. Its mean and covariance C, those of four points' images, m +- s on each axis, are
+    exact where G is linear: q_sigma is nearly the mean over cells of N(mean, sigma^2 I + C). A cell
+    whose image is wider than half the least sigma, a bridge's, is cut in four, `splits` times.
     x_t: (N, 2), sigma: (N, 1). Raises ValueError for a student that does not map the plane to the
     plane, for other shapes, and for cells below 2 or, after all splits, beyond 1024 on an axis.
     """

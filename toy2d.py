@@ -156,7 +156,7 @@ class Distiller:
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
         self.level = torch.zeros(16, device=cfg.device)         # log of w's mean by noise level
         self.moves = 0                                          # updates of the student
-        self.logged = {}                                          # what the last step logged
+        self.logged = {}                                        # by the last step
 
     def step(self):
         """Lines 3 to 22, once."""

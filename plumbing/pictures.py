@@ -67,7 +67,8 @@ def divergence(ax, costs):
     ax.plot(range(len(costs)), list(costs.values()), "s-", color="black", ms=11)
     ax.axhline(1, color="#777777", ls="--")
     ax.set_xticks(range(len(costs)), [f"{lam:g}" for lam in costs])
-    ax.set(yscale="log", xlabel="λ of the weight $r^λ$", title="divergence of eight modes / of one")
+    ax.set(yscale="log", xlabel="λ of the weight $r^λ$")
+    ax.set_title("divergence of eight modes / of one")
     ax.text(0, 1e4, "above 1: one mode costs less", va="bottom")
     ax.text(len(costs) - 1, 0.02, "below 1: eight cost less", va="top", ha="right")
 

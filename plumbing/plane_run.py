@@ -33,7 +33,7 @@ class Film:
         for level in FRAME_SIGMAS:
             sigma = torch.full_like(self.noise[:, :1], level)
             x_t = d.G(d.start(self.latents)) + sigma * self.noise
-            log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells, 0) if d.cfg.ratio == "exact"
+            log_r.append(d.log_r(d.G, x_t, sigma, d.cfg.cells, splits=0) if d.cfg.ratio == "exact"
                          else -d.fake.encode(x_t, sigma, self.latents.last))
         self.x.append(d.averaged(d.start(self.latents, d.averaged)).half().cpu().numpy())
         self.log_r.append(torch.cat(log_r, 1).T.half().cpu().numpy())
