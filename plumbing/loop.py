@@ -1,133 +1,309 @@
-"""A training run in its folder: steps, rows of log.csv, checkpoint.pt, signals, --resume."""
+"""A training run in its folder: steps, rows of log.csv, checkpoint.pt, signals, --resume; and the
+other processes of a run under torchrun."""
 import contextlib
 import csv
+import ctypes
+import errno
+import io
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.files import atomic, claim, save_atomic
-from plumbing.options import same_options
-from plumbing.run import Stop, load_generator, processes, rank, world
-from plumbing.weights import check_form, check_optimizer, read_checkpoint
+try:
+    import fcntl
+except ImportError:                 # Windows, where a run's folder is not locked
+    fcntl = None
 
 
-def read_run(path, cfg, free, columns):
-    """The state in a run's checkpoint. Raises ValueError if it is none, or one of a run whose
-    options, but for the free ones, are not those of `cfg`."""
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: no {path}")
-    state = read_checkpoint(path, "a run's checkpoint")
-    check_form({"config": {}, "rows": [], "seconds": 0.0}, state, str(path), exact=False)
-    for row in state["rows"]:
-        check_form({}, row, f"{path}: rows", exact=False)
-        names = {"kimg", "seconds"} | set(columns) & set(row)
-        check_form(dict.fromkeys(names, 0.0), row, f"{path}: rows")
-    same_options(path, state["config"], asdict(cfg), free)
-    return state
+def tune_cpu():
+    """Make the CPU as fast as it can be for these networks, in this process.
+
+    Denormal numbers, 100 times slower than others, become 0. glibc keeps the memory of freed
+    tensors: given back to Linux, every page of every feature map would be cleared anew (15 to 20 %
+    of a training step).
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):                            # musl has none
+            libc.mallopt(-4, 0)                                 # M_MMAP_MAX: the heap for all sizes
+            libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never shrink it
 
 
-def take_up(trainer, state, name, nets, optimizers):
-    """Load what a run saved into `trainer`, whose state() it is to have the form of. nets and
-    optimizers: names of attributes. Raises ValueError, naming the place in the file `name`."""
-    state = {k: v for k, v in state.items() if k not in ("rows", "seconds")}
-    elsewhere = {k: state.get(k) for k in ("config", "generator", "sums", *optimizers)
-                 if k in trainer.state()}
-    check_form(trainer.state() | elsewhere, state, f"{name}: state")
-    for key in ("seen", "moves"):
-        if state.get(key, 0) < 0:
-            raise ValueError(f"{name}: {key} is {state[key]}")
-    for key in optimizers:
-        check_optimizer(getattr(trainer, key), state[key], f"{name}: {key}")
-    for key in (*nets, *optimizers):
-        getattr(trainer, key).load_state_dict(state[key])
-    for key in optimizers:      # fused Adam counts on moments that lie in memory as their parameter
-        for p, moments in getattr(trainer, key).state.items():
-            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items()
-                        if v.shape == p.shape}
-    trainer.seen = state["seen"]
-    load_generator(trainer.generator, state["generator"], trainer.cfg.seed + trainer.seen, name)
+def check_finite(when, sigma, **named):
+    """Stop on the first sample of the named values (n, ...) that is not finite, or beyond any use,
+    and name its noise level, of sigma (n, 1, ...). Raises FloatingPointError."""
+    for name, values in named.items():
+        size = values.detach().flatten(1).abs().mean(1) if values.ndim > 1 else values.detach()
+        bad = ~(size.abs() < 1e8)
+        if bad.any():
+            i = bad.nonzero()[0].item()
+            raise FloatingPointError(f"{when}: {name} is {size[i].item():g} at sigma = "
+                                     f"{sigma.flatten()[i].item():.4g}")
+
+
+# ---------------------------------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a path beside `path`, and rename it to `path` when all went well: whoever looks sees
+    the old file or the new one, whole. On any error, a full disk too, the old one stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())                # on the disk before it takes the old file's name
+        os.replace(tmp, path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or e.filename == str(tmp):
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from e      # names the file
+        raise
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save(obj, path):
+    """Write what torch.save takes, through atomic()."""
+    buffer = io.BytesIO()                       # torch's own writer hides a full disk
+    torch.save(obj, buffer)
+    with atomic(path) as tmp:
+        tmp.write_bytes(buffer.getbuffer())
+
+
+def load(path):
+    """Return what save() wrote: tensors and plain values, and never code. Raises ValueError, which
+    names the file, for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:                      # torch raises many kinds for a broken file
+        raise ValueError(f"{path}: broken, or it holds more than tensors and plain values") from e
 
 
 @contextlib.contextmanager
-def folder(cfg, out, resume, free, columns):
-    """Hold the run's folder and join the other processes; yields the state to go on from, or {}."""
-    path = out / "checkpoint.pt"
-    state = read_run(path, cfg, free, columns) if resume else {}
-    if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists: add --resume to go on, or choose another --out")
-    with claim(out) if rank() == 0 else contextlib.nullcontext(), processes(cfg.device):
-        yield state
+def claim(folder):
+    """Make a run's folder and hold it: while one process does, a second run in it is refused.
+    Yields the folder. Raises ValueError for the second run, OSError where one can't write."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {folder}: choose another --out") from None
+        except OSError:                         # a file system without locks
+            pass
+        yield folder
 
 
-class Loop:
-    """Steps a trainer until it has seen cfg.kimg thousand images.
+# ------------------------------------------------------------------ one process among how many
 
-    trainer: has seen, step() and state(); a row empties its sums. evaluate(): draws what it likes
-    and returns a row of log.csv, a dictionary with some of `columns`; it may be left at any point
-    by a signal, so it changes nothing else. Files are written by process 0 alone.
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Join torchrun's other processes, if there are any."""
+    if world() > 1:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        # the others wait while process 0 evaluates, which takes longer than the default allows
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=timedelta(hours=2))
+    yield
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the other processes enter when process 0 has left, since it may download."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+
+
+def gather(values):
+    """Return the whole batch (n world, ...) of which each process has a share (n, ...): process k
+    has every world-th sample from the k-th on."""
+    if world() == 1:
+        return values
+    shares = [torch.empty_like(values) for _ in range(world())]
+    dist.all_gather(shares, values.contiguous())
+    return torch.stack(shares, 1).flatten(0, 1)
+
+
+def all_mean(tensors):
+    """Replace each tensor by its mean over all processes, in place and in one message."""
+    if world() == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world()).split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+class Stop:
+    """`with Stop() as stop:` makes SIGINT and SIGTERM set stop.number, so that a loop can end after
+    its step; a second signal ends the process. In a thread, which gets no signals, it does nothing.
+
+    While stop.at_once is set the first signal raises Stop.Now instead of waiting.
     """
 
-    def __init__(self, trainer, cfg, out, columns, evaluate, every, state):
-        self.trainer, self.cfg, self.out = trainer, cfg, out
-        self.columns, self.evaluate, self.every = ("kimg", "seconds", *columns), evaluate, every
-        self.rows, self.before = state.get("rows", []), state.get("seconds", 0.0)
-        self.start, self.saved = time.time(), state and (trainer.seen, len(self.rows))
-        if rank() == 0:
-            self.write_csv()                            # a folder that can't be written fails here
+    class Now(BaseException):
+        """Leaves an evaluation, which may take long and changes nothing until its end."""
 
-    def seconds(self):
-        return self.before + time.time() - self.start
+    def __enter__(self):
+        self.number, self.at_once, self.old = 0, False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def write_csv(self):
-        with atomic(self.out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns)
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def ask(self, number, frame):
+        if self.number:
+            if world() == 1:                    # torchrun hands on what the process has already
+                os._exit(128 + number)
+            return
+        self.number = number
+        if self.at_once:
+            raise Stop.Now
+
+    def agreed(self, device):
+        """Return whether any process was asked: all leave their loops at the same step."""
+        if world() > 1:
+            number = torch.tensor(self.number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        return bool(self.number)
+
+
+def begin(cfg, out, resume, free):
+    """Return the state that a run goes on from, or {} for a new one.
+
+    out: the run's folder. free: names of the options that may change when a run goes on. Raises
+    ValueError or OSError unless the folder holds a checkpoint just where `resume` asks for one, of
+    a run with the same options.
+    """
+    path = Path(out) / "checkpoint.pt"
+    if not resume:
+        if path.exists():
+            raise FileExistsError(f"{path} exists: add --resume to go on, or choose another --out")
+        return {}
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: no {path}")
+    state = load(path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise ValueError(f"{path}: not a run's checkpoint")
+    old, new = state["config"], asdict(cfg)
+    differ = [f"--{k.replace('_', '-')} was {old.get(k)!r}, is {v!r}" for k, v in new.items()
+              if k not in free and old.get(k) != v]
+    if differ:
+        raise ValueError(f"{path} is a run of another configuration: {'; '.join(differ)}")
+    return state
+
+
+def take_up(trainer, state, path, networks, optimizers):
+    """Load what a run saved into `trainer`. networks, optimizers: names of its attributes. Raises
+    ValueError, which names the file `path`, for the state of another network or optimiser."""
+    try:
+        for key in (*networks, *optimizers):
+            getattr(trainer, key).load_state_dict(state[key])
+        for key in optimizers:
+            for p, moments in getattr(trainer, key).state.items():
+                for name, moment in moments.items():
+                    if moment.shape != (() if name == "step" else p.shape):
+                        raise ValueError(f"{key}: {name} is {tuple(moment.shape)}")  # torch crashes
+                    if name != "step":      # fused Adam counts on moments laid out as the parameter
+                        moments[name] = torch.empty_like(p).copy_(moment)
+        trainer.seen = state["seen"]
+        if len(state["generator"]) == len(trainer.generator.get_state()):
+            trainer.generator.set_state(state["generator"])
+        else:
+            trainer.generator.manual_seed(trainer.cfg.seed + trainer.seen)
+            print("the noise goes on anew, from the seed: the run was on another kind of device",
+                  file=sys.stderr)
+    except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path}: not a checkpoint of such a run: {reason[:200]}") from e
+
+
+def train(trainer, cfg, out, evaluate, every, state):
+    """Step a trainer until it has seen cfg.kimg thousand images, from `state` on.
+
+    trainer: has seen, step() and state(); a row of the log empties its sums. evaluate(rows) returns
+    the next row of log.csv, a dictionary of numbers, each `every` thousand images; a signal may
+    leave it at any point. Process 0 alone writes: checkpoint.pt before each evaluation and every
+    cfg.save_every thousand images. Returns the rows, and 0 or 128 + the number of the signal that
+    stopped the run, after it printed the command to go on.
+    """
+    rows, before, start = state.get("rows", []), state.get("seconds", 0.0), time.time()
+    end, main = round(1e3 * cfg.kimg), rank() == 0
+
+    def due(every):
+        return trainer.seen % max(1, round(1e3 * every)) < cfg.batch or trainer.seen >= end
+
+    def seconds():
+        return before + time.time() - start
+
+    def save_all():
+        save(trainer.state() | {"rows": rows, "seconds": seconds()}, out / "checkpoint.pt")
+
+    def add_row():
+        row = {name: float(value) for name, value in evaluate(rows).items()}
+        rows.append({"kimg": trainer.seen / 1e3, "seconds": seconds()} | row)
+        trainer.sums = {}
+        names = list(dict.fromkeys(k for row in rows for k in row))
+        with atomic(out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
+            writer = csv.DictWriter(f, names)
             writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in self.rows)
+            writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
 
-    def add_row(self):
-        if self.rows and round(1e3 * self.rows[-1]["kimg"]) == self.trainer.seen:
-            return                                      # a resumed run has it already
-        row = {name: float(value) for name, value in self.evaluate().items()}
-        self.rows.append({"kimg": self.trainer.seen / 1e3, "seconds": self.seconds()} | row)
-        self.trainer.sums = {}
-        self.write_csv()
-
-    def save(self):
-        if self.saved != (self.trainer.seen, len(self.rows)):
-            save_atomic(self.trainer.state() | {"rows": self.rows, "seconds": self.seconds()},
-                        self.out / "checkpoint.pt")
-            self.saved = self.trainer.seen, len(self.rows)
-
-    def run(self):
-        """-> 0, or 128 + the number of the signal that stopped it, with the command to go on."""
-        trainer, end, main = self.trainer, 1e3 * self.cfg.kimg, rank() == 0
-
-        def due(every):
-            return trainer.seen % max(1, round(1e3 * every)) < self.cfg.batch or trainer.seen >= end
-
-        bar = tqdm(total=round(end), initial=trainer.seen, unit="img", disable=not main,
-                   smoothing=0.1)
-        with Stop() as stop, bar:
-            while True:
-                if main and due(self.every) and not stop.number:
-                    with stop.at_once():                # it takes minutes, and nothing is lost
-                        self.add_row()
-                if trainer.seen >= end or stop.agreed(self.cfg.device):
-                    break
-                trainer.step()
-                bar.update(self.cfg.batch)
-                if main and due(self.cfg.save_every):   # before the evaluation
-                    self.save()
-            if main:
-                self.save()
-        if stop.number and main:
-            launcher = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
-            flags = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"]
-            print(f"stopped after {trainer.seen} images; to go on: {launcher} "
-                  f"{Path(sys.argv[0]).name} {shlex.join(flags)}")
-        return stop.number and 128 + stop.number
+    bar = tqdm(total=end, initial=trainer.seen, unit="img", disable=not main, smoothing=0.1)
+    with Stop() as stop, bar:
+        while True:
+            done = rows and round(1e3 * rows[-1]["kimg"]) == trainer.seen       # in a resumed run
+            if main and due(every) and not done and not stop.number:
+                with contextlib.suppress(Stop.Now):
+                    stop.at_once = True
+                    add_row()
+                stop.at_once = False
+            if trainer.seen >= end or stop.agreed(cfg.device):
+                break
+            trainer.step()
+            bar.update(cfg.batch)
+            if main and (due(cfg.save_every) or due(every)):    # before the evaluation
+                save_all()
+        if main:
+            save_all()                                          # with the last row
+    if stop.number and main:
+        launcher = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+        words = [a for a in sys.argv if a != "--resume"] + ["--resume"]
+        print(f"stopped after {trainer.seen} images; to go on: {launcher} {shlex.join(words)}")
+    return rows, stop.number and 128 + stop.number
