@@ -1,16 +1,20 @@
 """The network that teacher, student and fake score share: DDPM++ / NCSN++ behind EDM's D(x; sigma).
 
 The U-Net is Song et al. 2021 (arXiv 2011.13456) as Karras et al. 2022 (EDM, arXiv 2206.00364)
-arrange it; the parameter names are those of EDM's official CIFAR-10 checkpoints, so that their
-weights load. The classifier of Di-Bregman (Algorithm 1, line 9) has no network of its own: its
-logits are the channel mean of the encoder's last features (SiDA, arXiv 2410.14919).
+arrange it, for square images of any size and any number of channels; the parameter names are those
+of EDM's official checkpoints, so that their weights load. The classifier of Di-Bregman
+(Algorithm 1, line 9) has no network of its own: its logits are the channel mean of the encoder's
+last features (SiDA, arXiv 2410.14919).
 
     net = EDMPrecond(**CONFIGS["compact"])
     D_x = net(x, sigma, c)                                 # the denoised image; c: labels, or None
     D_x, logits = net(x, sigma, c, return_logits=True)     # one pass for both
     logits = net.encode(x, sigma, c)                       # the encoder alone
+    net = EDMPrecond(**configuration(state))               # the network that has these tensors
 """
 import math
+import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,8 @@ _NCSNPP = dict(embedding_type="fourier", encoder_type="residual",
                channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
 _CIFAR10 = dict(model_channels=128, channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9,
                 num_blocks=4, attn_resolutions=[16])
+_FACES = dict(resolution=64, model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.05,
+              augment_dim=9, num_blocks=4, attn_resolutions=[16])
 _COMPACT = dict(model_channels=16, channel_mult=[1, 2, 4], dropout=0.0, augment_dim=0,
                 num_blocks=1, attn_resolutions=[8])
 
@@ -35,21 +41,24 @@ CONFIGS = {         # FID as EDM's Table 2 has it, by Heun with 35 evaluations; 
     "uncond-vp": _DDPMPP | _CIFAR10,                            # 55.7 M, 42 GFLOP, FID 1.97
     "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M
     "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79
+    "uncond64-vp": _DDPMPP | _FACES,        # 61.8 M: EDM's for FFHQ and AFHQv2 at 64 x 64
 }
 
 
 def c_out(sigma, sigma_data):
-    """The scale of F's output in D, EDM Table 1. 1 / c_out^2 is the weight of EDM's loss.
+    """Return the scale of F's output in D, EDM Table 1. 1 / c_out^2 is the weight of EDM's loss.
 
-    sigma, sigma_data: > 0, numbers or tensors. Returns a number or a tensor like sigma.
+    sigma, sigma_data: > 0, numbers or tensors. What is returned is a number or a tensor like sigma.
     """
     return sigma * sigma_data / (sigma ** 2 + sigma_data ** 2) ** 0.5
 
 
 def per_image(sigma, x):
-    """sigma, a number or (N,) or (N, 1, 1, 1) -> float32 (1 or N, 1, 1, 1) beside the images x."""
+    """Return sigma, a number or (N,) or (N, 1, 1, 1), as float32 (1 or N, 1, 1, 1) beside x."""
     return torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
 
+
+# ---------------------------------------------------------------------------------- its parts
 
 class Conv2d(nn.Conv2d):
     """A convolution with optional 2x resampling in front of it: "up", "down" or None."""
@@ -64,11 +73,11 @@ class Conv2d(nn.Conv2d):
             taps = taps.outer(taps) / taps.sum() ** 2
             self.register_buffer("resample_filter", taps[None, None])
 
-    def filter(self, x, padding):
-        """Depthwise filter with stride 2; up it is the transpose, times 4: 4 pixels for each."""
+    def filter(self, x, padding):                               # x (N, cin, H, W)
+        """Filter each channel with stride 2; up, do the transpose, times 4: 4 pixels for each."""
         if self.resample_filter.shape[-1] == 2:                 # [1, 1]: both are a plain box
             if self.resample == "down":
-                return F.avg_pool2d(x, 2)
+                return F.avg_pool2d(x, 2)                       # (N, cin, H / 2, W / 2)
             return F.interpolate(x, scale_factor=2, mode="nearest")
         channels = x.shape[1]
         f = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
@@ -77,7 +86,8 @@ class Conv2d(nn.Conv2d):
         return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=channels)
 
     def forward(self, x, gain=1.0):
-        """gain * (resample, then convolve): scaling the weight costs less than scaling x."""
+        """Return gain times the convolution of x, resampled. Scaling the weight costs less than
+        scaling the features."""
         if self.resample:
             x = self.filter(x, padding=(self.resample_filter.shape[-1] - 1) // 2)
         if gain == 1.0:
@@ -88,16 +98,36 @@ class Conv2d(nn.Conv2d):
 class PyramidConv2d(Conv2d):
     """NCSN++'s image pyramid: the convolution first, then the filter without padding."""
 
-    def forward(self, x):
+    def forward(self, x):                                       # (N, cin, H, W)
         return self.filter(self._conv_forward(x, self.weight, self.bias), padding=0)
 
 
-def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def group_norm(channels, eps=1e-6):
+    """Return the normalisation in front of every convolution."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+def attention(qkv, heads=1):
+    """Return softmax(q k^T / sqrt(d)) v over all places of an image, (N, C, H, W).
+
+    qkv: (N, 3 C, H, W), whose channels are ordered as (head, channel, one of q, k, v).
+    """
+    n, channels, height, width = qkv.shape
+    qkv = qkv.reshape(n, heads, channels // (3 * heads), 3, height * width)
+    q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()           # each (N, heads, H W, d)
+    a = F.scaled_dot_product_attention(q, k, v)
+    return a.mT.reshape(n, channels // 3, height, width)
 
 
 class Block(nn.Module):
-    """Residual block with a noise embedding, optional resampling and self-attention."""
+    """A residual block with a noise embedding, optional resampling and self-attention:
+
+        h = conv1(dropout(silu(norm1(conv0(silu(norm0(x))) + affine(emb)))))
+        y = (skip(x) + h) / sqrt(2)
+        y = (y + proj(attention(qkv(norm2(y))))) / sqrt(2)      where there is attention
+
+    The square roots keep the variance of a sum of two that of each.
+    """
 
     def __init__(self, cin, cout, emb, dropout, attention=False, resample=None, taps=(1, 1)):
         super().__init__()
@@ -117,38 +147,92 @@ class Block(nn.Module):
             nn.init.zeros_(self.proj.weight)
 
     def forward(self, x, emb):                                  # x (N, cin, H, W), emb (N, emb)
-        # (skip + x) * sqrt(1/2) is one pass over the features: conv1 carries its own gain, and
-        # no backward reads what a convolution put out, so the sums may be made in place.
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(F.silu(self.norm0(x)))                   # (N, cout, H', W')
         h += self.affine(emb)[:, :, None, None].to(h.dtype)
         h = F.silu(self.norm1(h))
-        h = self.conv1(F.dropout(h, self.dropout, self.training), gain=SQRT_HALF)
+        # Each sum takes one pass over the features: the convolution carries the 1/sqrt(2) as its
+        # gain, and the sum is made in place, since no backward reads what a convolution put out.
+        y = self.conv1(F.dropout(h, self.dropout, self.training), gain=SQRT_HALF)
         if self.skip is None:
-            h.add_(x, alpha=SQRT_HALF)
+            y.add_(x, alpha=SQRT_HALF)
         else:
-            h += self.skip(x, gain=SQRT_HALF)
+            y += self.skip(x, gain=SQRT_HALF)
         if self.attention:
-            n, channels, height, width = h.shape
-            qkv = self.qkv(self.norm2(h)).reshape(n, 1, channels, 3, height * width)
-            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each (N, 1 head, H W, channels)
-            a = F.scaled_dot_product_attention(q, k, v).mT.reshape(h.shape)
-            a = self.proj(a, gain=SQRT_HALF)
-            h = a.add_(h, alpha=SQRT_HALF)
-        return h                                                # (N, cout, H', W')
+            a = self.proj(attention(self.qkv(self.norm2(y))), gain=SQRT_HALF)
+            y = a.add_(y, alpha=SQRT_HALF)
+        return y                                                # (N, cout, H', W')
+
+
+# ---------------------------------------------------------------------------------- the network
+
+def levels_of(resolution, model_channels, channel_mult):
+    """Return each level's pixels a side, half those of the level before, and its channels.
+
+    Raises ValueError for a resolution that can't be halved so often.
+    """
+    step = 2 ** (len(channel_mult) - 1)
+    if resolution < 1 or resolution % step:
+        low = max(1, resolution // step) * step
+        raise ValueError(f"a network of {len(channel_mult)} levels takes images whose sides are "
+                         f"multiples of {step}, such as {low} or {low + step}, not {resolution}")
+    return [(resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
+
+
+def encoder(levels, channels, cin, num_blocks, attn_resolutions, block, pyramid_taps=None):
+    """Return the encoder, a ModuleDict with EDM's names, and the channels of each of its skips.
+
+    levels: as levels_of has them. channels: of the images. cin: those of the first features.
+    block(cin, cout, attention, resample) makes a block. pyramid_taps: the filter of NCSN++'s image
+    pyramid, if there is one.
+    """
+    size = levels[0][0]
+    enc = nn.ModuleDict({f"{size}x{size}_conv": Conv2d(channels, cin, 3)})
+    skips, pyramid = [cin], channels
+    for level, (size, width) in enumerate(levels):
+        name = f"{size}x{size}"
+        if level > 0:
+            enc[f"{name}_down"] = block(cin, cin, resample="down")
+            if pyramid_taps:
+                enc[f"{name}_aux_residual"] = PyramidConv2d(pyramid, cin, 3, "down", pyramid_taps,
+                                                            padding=2)
+                pyramid = cin
+            skips.append(cin)
+        for i in range(num_blocks):
+            enc[f"{name}_block{i}"] = block(cin, width, attention=size in attn_resolutions)
+            cin = width
+            skips.append(cin)
+    return enc, skips
+
+
+def decoder(levels, skips, num_blocks, attn_resolutions, block, attend_in_each=False):
+    """Return the decoder, whose blocks take a skip each, the last one first.
+
+    attend_in_each: whether every block of a level in attn_resolutions has attention, or the last.
+    """
+    dec, cin = nn.ModuleDict(), skips[-1]
+    for level, (size, width) in reversed(list(enumerate(levels))):
+        name, attention = f"{size}x{size}", size in attn_resolutions
+        if level == len(levels) - 1:
+            dec[f"{name}_in0"] = block(cin, cin, attention=True)
+            dec[f"{name}_in1"] = block(cin, cin)
+        else:
+            dec[f"{name}_up"] = block(cin, cin, resample="up")
+        for i in range(num_blocks + 1):
+            here = attention and (attend_in_each or i == num_blocks)
+            dec[f"{name}_block{i}"] = block(cin + skips.pop(), width, attention=here)
+            cin = width
+    return dec
 
 
 class UNet(nn.Module):
     """F(x, c_noise) of EDM's Eq. (7); see EDMPrecond for the arguments."""
 
-    def __init__(self, label_dim, *, embedding_type, encoder_type, channel_mult_noise,
-                 resample_filter, model_channels, channel_mult, dropout, augment_dim, num_blocks,
-                 attn_resolutions):
+    def __init__(self, resolution, channels, label_dim, *, embedding_type, encoder_type,
+                 channel_mult_noise, resample_filter, model_channels, channel_mult, num_blocks,
+                 attn_resolutions, dropout=0.13, augment_dim=0):
         super().__init__()
+        levels = levels_of(resolution, model_channels, channel_mult)
         c_noise, emb = model_channels * channel_mult_noise, model_channels * 4
-        taps = resample_filter
-        widths = [model_channels * m for m in channel_mult]     # channels of each level
-        sizes = [32 >> level for level in range(len(widths))]   # its pixels a side: 32, 16, 8
-
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
             self.map_noise.register_buffer("freqs", 16 * torch.randn(c_noise // 2))
@@ -158,40 +242,19 @@ class UNet(nn.Module):
         self.map_layer0 = nn.Linear(c_noise, emb)
         self.map_layer1 = nn.Linear(emb, emb)
 
-        self.enc, cin, skips, pyramid = nn.ModuleDict(), model_channels, [model_channels], 3
-        self.enc["32x32_conv"] = Conv2d(3, cin, 3)
-        for size, width in zip(sizes, widths):
-            name, attention = f"{size}x{size}", size in attn_resolutions
-            if size < sizes[0]:
-                self.enc[f"{name}_down"] = Block(cin, cin, emb, dropout, False, "down", taps)
-                if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = PyramidConv2d(pyramid, cin, 3, "down", taps,
-                                                                     padding=2)
-                    pyramid = cin
-                skips.append(cin)
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = Block(cin, width, emb, dropout, attention)
-                cin = width
-                skips.append(cin)
-
-        self.dec = nn.ModuleDict()                  # a block takes a skip each, the last one first
-        for size, width in zip(sizes[::-1], widths[::-1]):
-            name, attention = f"{size}x{size}", size in attn_resolutions
-            if size == sizes[-1]:
-                self.dec[f"{name}_in0"] = Block(cin, cin, emb, dropout, True)
-                self.dec[f"{name}_in1"] = Block(cin, cin, emb, dropout)
-            else:
-                self.dec[f"{name}_up"] = Block(cin, cin, emb, dropout, False, "up", taps)
-            for i in range(num_blocks + 1):
-                self.dec[f"{name}_block{i}"] = Block(cin + skips.pop(), width, emb, dropout,
-                                                     attention and i == num_blocks)
-                cin = width
-        self.dec["32x32_aux_norm"] = group_norm(cin)
-        self.dec["32x32_aux_conv"] = Conv2d(cin, 3, 3)
-        nn.init.zeros_(self.dec["32x32_aux_conv"].weight)
+        block = partial(Block, emb=emb, dropout=dropout, taps=resample_filter)
+        taps = resample_filter if encoder_type == "residual" else None
+        self.enc, skips = encoder(levels, channels, model_channels, num_blocks, attn_resolutions,
+                                  block, taps)
+        self.dec = decoder(levels, skips, num_blocks, attn_resolutions, block)
+        size, width = levels[0]
+        self.dec[f"{size}x{size}_aux_norm"] = group_norm(width)
+        self.dec[f"{size}x{size}_aux_conv"] = Conv2d(width, channels, 3)
+        nn.init.zeros_(self.dec[f"{size}x{size}_aux_conv"].weight)
 
     def embed(self, c_noise, c):
-        """c_noise (N,), labels c (N, label_dim) or None -> (N, 4 model_channels)."""
+        """Return the embedding (N, 4 model_channels) of the noise level, c_noise (N,), and of the
+        labels c (N, label_dim), or None."""
         if hasattr(self, "map_noise"):
             freqs = 2 * math.pi * self.map_noise.freqs
         else:
@@ -203,9 +266,11 @@ class UNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x, emb, run):
-        """-> the skips, a list of features; the last one is the encoder's output. run(block, x,
-        emb) is a block's output."""
-        skips, image = [], x
+        """Return the skips, a list of features; the last one is the encoder's output.
+
+        run(block, x, emb) returns a block's output.
+        """
+        skips, image = [], x                                    # x (N, channels, H, W)
         for name, module in self.enc.items():
             if "aux" in name:
                 image = x = (skips.pop() + module(image)) * SQRT_HALF
@@ -215,6 +280,7 @@ class UNet(nn.Module):
         return skips
 
     def decode(self, skips, emb, run):
+        """Return F, (N, channels, H, W), from what encode() returned."""
         skips, x = list(skips), skips[-1]
         for name, module in self.dec.items():
             if "aux_norm" in name:
@@ -226,42 +292,27 @@ class UNet(nn.Module):
                 x = run(module, x, emb)
 
 
-class EDMPrecond(nn.Module):
+class Denoiser(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), EDM Eq. (7) and Table 1.
 
-    label_dim: number of classes, 0 for an unconditional network. The other keywords are one of
-    CONFIGS: embedding_type "positional" or "fourier", encoder_type "standard" or "residual",
-    channel_mult_noise, resample_filter (taps), model_channels, channel_mult (one per level),
-    dropout, augment_dim, num_blocks, attn_resolutions.
+    model: F, a U-Net in two halves: embed(c_noise, c), encode(x, emb, run), decode(skips, emb, run)
+    as UNet has them. sigma_data: the standard deviation of the images' numbers.
     """
-    sigma_data = 0.5
     gradient_checkpointing = False      # True: less memory in training, and a forward pass more
 
-    def __init__(self, label_dim=0, **config):
+    def __init__(self, model, resolution, channels, label_dim, sigma_data):
         super().__init__()
-        self.label_dim = label_dim
-        self.model = UNet(label_dim, **config)
-
-    @torch.no_grad()
-    def add_labels(self, n):
-        """label_dim grows by n, at first without effect: the weights of the n new labels are 0, and
-        those of the old ones undo embed()'s factor, sqrt(label_dim)."""
-        old, dim = self.model.map_label, self.label_dim + n
-        new = nn.Linear(dim, self.model.map_layer0.in_features).to(self.model.map_layer0.weight)
-        new.weight.zero_(), new.bias.zero_()
-        if old is not None:
-            new.weight[:, :self.label_dim] = old.weight * math.sqrt(self.label_dim / dim)
-            new.bias.copy_(old.bias)
-        self.model.map_label, self.label_dim = new, dim
+        self.model, self.resolution, self.channels = model, resolution, channels
+        self.label_dim, self.sigma_data = label_dim, sigma_data
 
     def _run(self, block, x, emb):
-        """A block's output; with checkpointing, what its backward needs is computed again there."""
+        """Return a block's output; checkpointing computes it again for the backward."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, emb, use_reentrant=False)
         return block(x, emb)
 
     def _features(self, x, sigma, c):
-        """-> the encoder's skips, and the embedding of noise level and label."""
+        """Return the encoder's skips, and the embedding of noise level and label."""
         if self.label_dim and c is None:
             raise ValueError("a class-conditional network needs labels, one-hot (N, label_dim)")
         c_in = (self.sigma_data ** 2 + sigma ** 2).rsqrt()
@@ -272,10 +323,11 @@ class EDMPrecond(nn.Module):
     def forward(self, x, sigma, c=None, return_logits=False):
         """Denoise, and on request classify, in one pass.
 
-        x: float (N, 3, 32, 32), clean images in [-1, 1] plus noise. sigma: standard deviation of
-        the noise, > 0, a number, (N,) or (N, 1, 1, 1). c: one-hot labels (N, label_dim), which an
-        unconditional network ignores. Raises ValueError where labels are needed and missing.
-        Returns D_x float32 (N, 3, 32, 32), and the logits of encode() with return_logits.
+        x: float (N, channels, resolution, resolution), clean images in [-1, 1] plus noise. sigma:
+        standard deviation of the noise, > 0, a number, (N,) or (N, 1, 1, 1). c: one-hot labels
+        (N, label_dim), which an unconditional network ignores. Raises ValueError where labels are
+        needed and missing. Returns D_x, float32 like x, and the logits of encode() with
+        return_logits.
         """
         x, sigma = x.float(), per_image(sigma, x)
         skips, emb = self._features(x, sigma, c)
@@ -285,7 +337,82 @@ class EDMPrecond(nn.Module):
         return (D_x, skips[-1].float().mean(1)) if return_logits else D_x
 
     def encode(self, x, sigma, c=None):
-        """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
-        one per location, the channel mean of the encoder's last features. Arguments as forward."""
+        """Return the classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32
+        (N, H, W), one per place of the encoder's last features (8 x 8 of CIFAR-10's), their channel
+        mean. Arguments as forward."""
         skips, _ = self._features(x.float(), per_image(sigma, x), c)
         return skips[-1].float().mean(1)
+
+
+class EDMPrecond(Denoiser):
+    """DDPM++ or NCSN++ as a denoiser.
+
+    resolution: pixels a side, which the levels must halve to a whole number (ValueError). channels:
+    1 for grey images, 3 for RGB. label_dim: number of classes, 0 for an unconditional network. The
+    other keywords are one of CONFIGS: embedding_type "positional" or "fourier", encoder_type
+    "standard" or "residual", channel_mult_noise, resample_filter (taps), model_channels,
+    channel_mult (one per level), num_blocks, attn_resolutions, dropout (0.13, as EDM's train.py),
+    augment_dim (0: no layer for augmentations).
+    """
+
+    def __init__(self, resolution=32, channels=3, label_dim=0, sigma_data=0.5, **config):
+        super().__init__(UNet(resolution, channels, label_dim, **config),
+                         resolution, channels, label_dim, sigma_data)
+
+
+# ---------------------------------------------------------------- which network has these tensors?
+
+def outline(state):
+    """Return what the encoder's tensors say of a U-Net with EDM's names, DDPM++, NCSN++ or ADM: a
+    dictionary of keywords. Raises KeyError, with its name, for a tensor that is missing."""
+    shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = [re.match(r"model\.enc\.(\d+)x\1_(block\d+)?", name) for name in shape]
+    sizes = sorted({int(name[1]) for name in names if name}, reverse=True)      # 32, 16, 8
+    if not sizes:
+        raise KeyError("model.enc.32x32_conv.weight")
+    width, channels, _, _ = shape[f"model.enc.{sizes[0]}x{sizes[0]}_conv.weight"]
+    widths = [shape[f"model.enc.{size}x{size}_block0.conv0.weight"][0] for size in sizes]
+    return dict(
+        resolution=sizes[0], channels=channels, model_channels=width,
+        label_dim=shape.get("model.map_label.weight", (0, 0))[1],
+        augment_dim=shape.get("model.map_augment.weight", (0, 0))[1],
+        channel_mult=[w // width for w in widths],
+        num_blocks=len({name[2] for name in names if name and int(name[1]) == sizes[0]} - {None}),
+        attn_resolutions=[s for s in sizes if f"model.enc.{s}x{s}_block0.qkv.weight" in shape])
+
+
+def check_tensors(network, config, state):
+    """Raise ValueError, naming the first tensor that does not belong, unless network(**config) has
+    the names and shapes of `state`."""
+    with torch.device("meta"):                                  # shapes alone, no memory
+        expected = network(**config).state_dict()
+    for name in [*state, *expected]:
+        if name not in expected:
+            raise ValueError(f"{name} does not belong to this network")
+        if name not in state:
+            raise ValueError(f"{name} is missing")
+        if state[name].shape != expected[name].shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, not "
+                             f"{tuple(expected[name].shape)}")
+
+
+def configuration(state):
+    """Return the keywords of the EDMPrecond that has these tensors.
+
+    state: a state dict, of which names and shapes are read; they don't say dropout and sigma_data.
+    Raises ValueError, which says what is wrong, if there is no such network.
+    """
+    if "model.out_conv.weight" in state:
+        raise ValueError("it looks like ADM, as EDM's imagenet-64x64: see examples/imagenet64")
+    try:
+        config = outline(state)
+        noise = state["model.map_layer0.weight"].shape[1] // config["model_channels"]
+    except KeyError as e:
+        raise ValueError(f"neither DDPM++ nor NCSN++: no tensor is named {e.args[0]}") from None
+    filters = [state[name].shape[-1] for name in state if name.endswith("resample_filter")]
+    config |= dict(
+        embedding_type="fourier" if "model.map_noise.freqs" in state else "positional",
+        encoder_type="residual" if any("aux_residual" in name for name in state) else "standard",
+        channel_mult_noise=noise, resample_filter=[1, 3, 3, 1] if 4 in filters else [1, 1])
+    check_tensors(EDMPrecond, config, state)
+    return config

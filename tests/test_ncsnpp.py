@@ -1,4 +1,4 @@
-"""ncsnpp.py held against recorded outputs of the reference implementation (fixtures/)."""
+"""ncsnpp.py against recorded outputs of the reference implementation (fixtures/)."""
 import json
 from pathlib import Path
 
@@ -7,13 +7,25 @@ import pytest
 import torch
 
 import ncsnpp
-from ncsnpp import CONFIGS, Conv2d, EDMPrecond, c_out
+from ncsnpp import CONFIGS, Conv2d, EDMPrecond, c_out, configuration
 
-FIXTURE = json.loads((Path(ncsnpp.__file__).parent / "fixtures/ncsnpp.json").read_text())
-NAMES = {"uncond-vp": "cifar10_ddpmpp_uncond", "uncond-ve": "cifar10_ncsnpp_uncond",
-         "cond-vp": "cifar10_ddpmpp_cond", "compact": "compact_ddpmpp",
-         "compact-ve": "compact_ncsnpp"}
+FIXTURES = Path(ncsnpp.__file__).parent / "fixtures"
+FIXTURE = {name: dict(resolution=32, channels=3, x_seed=0, sigma=[0.02, 0.8, 40], labels=[1, 4, 9])
+           | case for name, case in json.loads((FIXTURES / "ncsnpp.json").read_text()).items()}
+FIXTURE |= json.loads((FIXTURES / "unet64.json").read_text())
+OURS = {"uncond-vp": "cifar10_ddpmpp_uncond", "uncond-ve": "cifar10_ncsnpp_uncond",
+        "cond-vp": "cifar10_ddpmpp_cond", "compact": "compact_ddpmpp",
+        "compact-ve": "compact_ncsnpp", "uncond64-vp": "ffhq64_ddpmpp"}
+SIZES = ["small64_ddpmpp", "small28_grey_ddpmpp", "small64_ncsnpp"]      # other sizes and channels
 close = torch.testing.assert_close
+
+
+def config_of(name):
+    """The keywords of a network of the fixtures."""
+    case = FIXTURE[name]
+    config = dict(num_blocks=4, attn_resolutions=[16]) | case["kwargs"]     # EDM's defaults
+    config |= {k: case[k] for k in ("resolution", "channels", "label_dim")}
+    return {k: v for k, v in config.items() if k not in ("model_type", "decoder_type")}
 
 
 def fill(net):
@@ -38,28 +50,39 @@ def compact(name="compact"):
     return fill(EDMPrecond(**CONFIGS[name]))
 
 
-def inputs(n=3):
+def inputs(n=3, channels=3, size=32):
     sigma = torch.tensor([0.02, 0.8, 40.0])[:n]
-    x = torch.from_numpy(np.random.RandomState(0).standard_normal((n, 3, 32, 32)))
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((n, channels, size, size)))
     return (x * (0.25 + sigma.double() ** 2).sqrt()[:, None, None, None]).float(), sigma
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OURS)
+def test_configs_are_those_of_the_reference(name):
+    full = dict(resolution=32, channels=3, label_dim=0) | CONFIGS[name]
+    assert full == config_of(OURS[name])
+
+
+@pytest.mark.parametrize("name", [*OURS.values(), *SIZES])
 def test_reference(name):
-    expected = FIXTURE[NAMES[name]]
-    net = EDMPrecond(**CONFIGS[name])
-    assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected["tensors"]
-    assert sum(p.numel() for p in net.parameters()) == expected["params"]
-    assert net.label_dim == expected["label_dim"]
-    kwargs = CONFIGS[name] | dict(decoder_type="standard")      # EDM's code has others
-    assert expected["kwargs"].items() <= kwargs.items()
-    x, sigma = inputs()
-    c = torch.eye(10)[[1, 4, 9]] if net.label_dim else None
-    with torch.no_grad():
-        D_x = fill(net)(x, sigma, c)
-    close(D_x[:, :, ::8, ::8], torch.tensor(expected["D_every8"]), rtol=0, atol=1e-4)
-    close(D_x.mean((1, 2, 3)), torch.tensor(expected["D_mean"]), rtol=0, atol=1e-4)
-    close(D_x.std((1, 2, 3)), torch.tensor(expected["D_std"]), rtol=0, atol=1e-4)
+    case, config = FIXTURE[name], config_of(name)
+    with torch.device("cpu" if "D_mean" in case else "meta"):           # or shapes alone
+        net = EDMPrecond(**config)
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == case["tensors"]
+    assert sum(p.numel() for p in net.parameters()) == case["params"]
+    assert (net.resolution, net.channels, net.label_dim) == tuple(
+        case[k] for k in ("resolution", "channels", "label_dim"))
+    del config["dropout"]                                       # which leaves no tensors
+    levels = [net.resolution >> i for i in range(len(config["channel_mult"]))]
+    config["attn_resolutions"] = [s for s in config["attn_resolutions"] if s in levels]
+    assert configuration(net.state_dict()) == config
+    if "D_mean" in case:
+        x, sigma = inputs(3, net.channels, net.resolution)
+        c = torch.eye(net.label_dim)[case["labels"]] if net.label_dim else None
+        with torch.no_grad():
+            D_x = fill(net)(x, sigma, c)
+        close(D_x[:, :, ::8, ::8], torch.tensor(case["D_every8"]), rtol=0, atol=1e-4)
+        close(D_x.mean((1, 2, 3)), torch.tensor(case["D_mean"]), rtol=0, atol=1e-4)
+        close(D_x.std((1, 2, 3)), torch.tensor(case["D_std"]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["compact", "compact-ve", "compact-cond"])
@@ -181,7 +204,41 @@ def test_resampling_against_its_definition(taps):
     close(Conv2d(1, 1, 1, "up", taps).filter(x, pad), up)
 
 
+@pytest.mark.parametrize("config", [
+    dict(model_channels=12, channel_mult=[1, 3], num_blocks=2, attn_resolutions=[]),
+    dict(model_channels=8, channel_mult=[2], num_blocks=1, attn_resolutions=[20], augment_dim=3),
+    dict(model_channels=4, channel_mult=[1, 2, 1, 1], num_blocks=1, attn_resolutions=[160, 20],
+         label_dim=2)])
+@pytest.mark.parametrize("kind", ["compact", "compact-ve"])
+def test_configuration_is_read_from_the_tensors(kind, config):
+    config = CONFIGS[kind] | dict(resolution=160 if len(config["channel_mult"]) > 2 else 20,
+                                  channels=2, label_dim=0) | config
+    with torch.device("meta"):
+        state = EDMPrecond(**config).state_dict()
+    if len(config["channel_mult"]) == 1:            # nothing is resampled, there is no pyramid
+        config |= dict(encoder_type="standard", resample_filter=[1, 1])
+    del config["dropout"]
+    assert configuration(dict(sorted(state.items()))) == config         # in any order
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("model.enc.16x16_block0.conv0.weight"), "16x16_block0.conv0.weight"),
+    (lambda s: s.pop("model.dec.8x8_in0.proj.bias"), "model.dec.8x8_in0.proj.bias is missing"),
+    (lambda s: s.update({"model.enc.16x16_aux_skip.weight": torch.ones(3)}), "16x16_aux_skip.wei"),
+    (lambda s: s.update({"model.map_layer1.weight": torch.ones(64, 63)}), r"is \(64, 63\), not"),
+    (lambda s: s.update({"model.out_conv.weight": torch.ones(3)}), "ADM, .* examples/imagenet64"),
+    (lambda s: (s.clear(), s.update(conv1=torch.ones(3))), "neither DDPM.*model.enc"),
+])
+def test_tensors_of_no_such_network(change, message):
+    state = EDMPrecond(**CONFIGS["compact"]).state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        configuration(state)
+
+
 def test_bad_input():
     x, sigma = inputs()
     with pytest.raises(ValueError, match="labels"):
         EDMPrecond(**CONFIGS["compact-cond"])(x, sigma)
+    with pytest.raises(ValueError, match="multiples of 4, such as 28 or 32, not 30"):
+        EDMPrecond(resolution=30, **CONFIGS["compact"])
