@@ -1,0 +1,442 @@
+"""Every picture of the project: what each one shows, and how it is drawn.
+
+The pictures are 12 inches wide, and their letters of 17 points stay legible at 900 pixels, from the
+last row of a lecture. Nothing here changes matplotlib's settings for the program that imports it:
+the style holds while a picture is made, and a figure is made without pyplot, so that a notebook's
+own pictures go on as before.
+
+In the pictures of experiments.py a row is a setting that was run with several seeds. `rows` maps
+its name to its runs, a dictionary each: "options", as on the command line; "seed"; "numbers", what
+the tables show; "log", the rows of log.csv; and, where they were kept, "samples" (n, 2).
+"""
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+import bregman
+from data import sheet
+from plane import TARGETS
+from plumbing.loop import atomic
+
+STYLE = {"font.size": 17, "axes.titlesize": 18, "lines.linewidth": 3, "axes.grid": True,
+         "grid.alpha": 0.3}
+style = matplotlib.rc_context(STYLE)            # the decorator of every function that draws
+
+RED, BLUE, GREEN, ORANGE, GREY = "#cb181d", "#2166ac", "#1b7837", "#ff7f0e", "#777777"
+COLOUR = {"kl": "#000000", "sba_5": RED, "be": BLUE, "lr": GREEN}               # row -> colour
+OTHER = ORANGE, "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"
+
+
+def figure(rows, columns, size, **more):
+    """Return a figure of `size`, in inches, and its axes, (rows, columns)."""
+    fig = Figure(figsize=size, layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, **more)
+
+
+def grid_of_axes(n, columns, height):
+    """Return a figure 12 inches wide and its first n axes; `height` is a row's, in inches."""
+    rows = math.ceil(max(1, n) / columns)
+    fig, axes = figure(rows, columns, (12, height * rows))
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, axes.flat[:n]
+
+
+@style
+def save_figure(fig, path, dpi=75):
+    """Write a figure to a file whose suffix says the format. Raises ValueError without one."""
+    if not Path(path).suffix:
+        raise ValueError(f"{path}: the suffix says a picture's format, and there is none (.png)")
+    with atomic(path) as tmp:
+        fig.savefig(tmp, dpi=dpi)
+
+
+def label(row):
+    """Return a row's name as pictures write it: "KL gan" for kl_gan."""
+    first, *rest = row.split("_")
+    return " ".join([first.upper(), *rest])
+
+
+def values(runs, key):
+    """Return a number of each run that has it."""
+    return [run["numbers"][key] for run in runs if run["numbers"].get(key) is not None]
+
+
+def option(run, flag, default):
+    """Return the word after a flag in a run's options."""
+    words = run["options"].split()
+    return words[words.index(flag) + 1] if flag in words else default
+
+
+def mean_std(numbers):
+    """Return mean and standard deviation (over n - 1; 0 for one) along the first axis."""
+    numbers = np.asarray(numbers, dtype=float)
+    return numbers.mean(0), numbers.std(0, ddof=1) if len(numbers) > 1 else 0 * numbers[0]
+
+
+# ------------------------------------------------------------------------------- Table 1's weights
+
+CURVES = [  # label, name, lam, colour; the label's log r, its height over the curve
+    ("SBA 10", "sba", 10, "#67000d", 0.55, 1), ("SBA 5", "sba", 5, RED, 1.13, 1),
+    ("SBA 3", "sba", 3, "#ef6548", 1.85, 1), ("LS, SBA 1", "ls", 1, "#e08214", 2.4, 1),
+    ("KL, SBA 0", "kl", 1, "#000000", 2.6, 1), ("LR, JS", "lr", 1, GREEN, 0.85, 1),
+    ("BE, fKL, SBA -1", "be", 1, BLUE, -2, 0.53),
+    ("softened rKL", "srkl", 1, "#8c6d31", -2.2, 0.55),
+    ("Jeffreys", "jeffreys", 1, "#762a83", -0.85, 1.65),
+    ("Hellinger", "hellinger", 1, "#4393c3", 1.5, 0.62)]
+
+
+@style
+def weights():
+    """h''(r) r against log r, one labelled curve for each row of Table 1."""
+    log_r = torch.linspace(-3.2, 3.2, 641, dtype=torch.float64)
+    fig, ((ax,),) = figure(1, 1, (12, 7.5))
+    ax.axvspan(0, 3.2, color="#f4e9e4")
+    for text, name, lam, colour, at, above in CURVES:
+        weight = bregman.get(name, lam).weight
+        ax.plot(log_r, weight(log_r), color=colour)
+        ax.text(at, above * weight(torch.tensor(float(at))), text, color=colour, weight="bold",
+                ha="center", va="center", bbox=dict(fc="white", ec="none", alpha=0.8, pad=1))
+    ax.text(-1.6, 320, "q < p: the student\nputs too little here", ha="center", va="center")
+    ax.text(2.45, 0.006, "q > p: the student\nputs too much here", ha="center", va="center")
+    ax.set(yscale="log", ylim=(2e-3, 1e3), xlim=(-3.2, 3.2), xlabel="log r = log q/p = -logit",
+           ylabel="weight  h''(r) r")
+    return fig
+
+
+# -------------------------------------------------------------------------- what a run itself draws
+
+@style
+def curve(rows, own, name, path, against=None):
+    """The distances of a run against images seen, with the teacher's own as dotted lines.
+
+    rows: of log.csv; own: the teacher's distances; name: of the distance; against: what the two
+    were measured against, if it has a better name, {"to_data": "photos"}.
+    """
+    fig, ((ax,),) = figure(1, 1, (9, 6))
+    against = {"to_teacher": "the teacher's samples", "to_data": "the data"} | (against or {})
+    for key, colour in (("to_teacher", RED), ("to_data", BLUE)):
+        points = [(row["kimg"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            kimg, distance = zip(*points)
+            ax.plot(kimg, distance, "o-", color=colour, label=f"to {against[key]}")
+        if own.get(key):
+            ax.axhline(own[key], color=colour, ls=":", lw=2)
+    ax.set(xlabel="generated images (thousands)", ylabel=name, yscale="log")
+    ax.legend(title="dotted: the teacher's own")
+    save_figure(fig, path)
+
+
+@style
+def side_by_side(images, path, classes=0, names=()):
+    """Sheets of images beside each other. images: title -> uint8 (N, C, H, W); classes: of images
+    that take turns, a row each (data.sheet); names: of the rows, written at the left."""
+    sheets = {title: sheet(x, math.isqrt(len(x)), classes) for title, x in images.items()}
+    height, width = next(iter(sheets.values())).shape[:2]
+    wide = 6.5 * math.sqrt(width / height)                      # of equal area, in any shape
+    fig, axes = figure(1, len(images), (len(images) * wide + 1.5 * bool(names),
+                                        wide * height / width + 0.5))
+    for ax, (title, picture) in zip(axes.flat, sheets.items()):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.grid(False)
+    if names:
+        axes[0, 0].set_yticks((np.arange(len(names)) + 0.5) * (height + 1) / len(names) - 1, names)
+        axes[0, 0].tick_params(length=0)
+    save_figure(fig, path, dpi=100)
+
+
+def plane(ax, x, target, size=2):
+    """Samples x (n, 2) over the density that they should have, exp(target.log_p)."""
+    edge = torch.linspace(-1.6, 1.6, 200)
+    points = torch.cartesian_prod(edge, edge)                                   # (40000, 2)
+    density = target.log_p(points, torch.zeros(len(points), 1)).exp().sqrt().view(200, 200).T
+    ax.imshow(density.numpy(), origin="lower", extent=(-1.6, 1.6, -1.6, 1.6), cmap="Blues")
+    ax.scatter(x[:, 0], x[:, 1], s=size, color=RED, alpha=0.5, linewidths=0)
+    ax.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+    ax.grid(False)
+
+
+@style
+def plane_run(title, x, target, result, seen, weight, scatter, path):
+    """One run in the plane: samples, the weight where training used it, log r against the truth,
+    and the curves. seen: log r, (n,); weight(log_r): h''(r) r; scatter: sigma -> exact and learned
+    log r, (n,) each, or nothing."""
+    fig, axes = figure(2, 2, (13, 12))
+    ax, log_r = axes[0, 0], torch.linspace(-8, 8, 321)
+    plane(ax, x, target)
+    ax.set_title(f"{title}: {result['modes_covered']} of {result['modes']} modes, "
+                 f"TV {result['mode_tv']:.3f}, {result['on_mode']:.0%} on a mode", fontsize=16)
+
+    ax = axes[0, 1]
+    ax.hist(seen.clamp(-8, 8).numpy(), 80, density=True, color="#bdbdbd")
+    ax.set(xlabel="log r seen in training", ylabel="density", yscale="log",
+           title="the weight, and where training used it")
+    other = ax.twinx()
+    other.plot(log_r, weight(log_r), color=RED)
+    other.set(yscale="log")
+    other.set_ylabel("weight h''(r) r, log r clipped", color=RED)
+    other.grid(False)
+
+    ax = axes[1, 0]
+    for colour, (sigma, (exact, learned)) in zip((BLUE, ORANGE, GREEN), scatter.items()):
+        ax.scatter(exact, learned, s=9, alpha=0.6, color=colour, label=f"sigma = {sigma:g}")
+    ax.axline((0, 0), slope=1, color="black", lw=1)
+    ax.set(xlim=(-4, 8), ylim=(-4, 8), xlabel="exact log r", ylabel="the classifier's log r",
+           title="log r: nothing to compare")
+    if scatter:
+        ax.set_title(f"log r, off by {result['log_r_error']:.2f} (median of levels)")
+        ax.legend(markerscale=3)
+
+    ax, steps = axes[1, 1], [row["step"] for row in result["history"]]
+    for key, text in (("mode_tv", "mode weights' TV"), ("on_mode", "share on a mode"),
+                      ("ess", "effective sample size")):
+        ax.plot(steps, [row[key] for row in result["history"]], label=text)
+    ax.set(xlabel="step", ylim=(0, 1.02), title="on the way")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    save_figure(fig, path)
+
+
+# ------------------------------------------------------------------------------ runs in the plane
+
+def of_line(rows, line):
+    """Return lambda -> runs, of the rows called LINE_LAMBDA, lambda rising."""
+    found = {float(row[len(line) + 1:]): runs for row, runs in rows.items()
+             if row.rpartition("_")[0] == line}
+    return dict(sorted(found.items()))
+
+
+def against_lambda(axes, lines, panels, bars=False):
+    """What runs gave against lambda, as lines or as bars, with a bar of one standard deviation
+    where there is more than one seed. lines: label -> (colour, line style, {lambda: runs});
+    panels: (key, title, upper limit), for one of the axes each."""
+    lines = {text: line for text, line in lines.items() if line[2]}
+    ticks = sorted({lam for *_, points in lines.values() for lam in points})
+    for ax, (key, title, top) in zip(axes, panels):
+        for i, (text, (colour, dashes, points)) in enumerate(lines.items()):
+            seeds = [len(runs) for runs in points.values()]
+            several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
+            aside, x = i - (len(lines) - 1) / 2, np.array([ticks.index(lam) for lam in points])
+            mean, std = np.array([mean_std(values(runs, key)) for runs in points.values()]).T
+            std[np.array(seeds) == 1] = np.nan
+            how = dict(yerr=std, color=colour, capsize=6, label=f"{text} (seeds: {several})")
+            if bars:
+                ax.bar(x + 0.25 * aside, mean, 0.25, **how)
+            else:
+                ax.errorbar(x + 0.08 * aside, mean, marker="o", ms=11, ls=dashes, **how)
+        ax.set_xticks(range(len(ticks)), [f"{lam:g}" for lam in ticks])
+        ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+
+@style
+def plane_lam(rows, costs):
+    """Is it the divergence, the classifier or the batch that drops modes? costs: lambda -> how many
+    times the divergence of one mode that of eight with bridges is."""
+    fig, (axes,) = figure(1, 2, (12, 6.5))
+    against_lambda(axes[:1], {
+        "learned r, batch 256": (RED, "-", of_line(rows, "learned_256")),
+        "learned r, batch 1024": (RED, ":", of_line(rows, "learned_1024")),
+        "exact r, batch 256": (BLUE, "-", of_line(rows, "exact_256")),
+        "exact r, batch 1024": (BLUE, ":", of_line(rows, "exact_1024"))},
+        [("modes_covered", "modes kept, of 8", 8.6)])
+    ax = axes[1]
+    ax.plot(range(len(costs)), list(costs.values()), "s-", color="black", ms=11)
+    ax.axhline(1, color=GREY, ls="--")
+    ax.set_xticks(range(len(costs)), [f"{lam:g}" for lam in costs])
+    ax.set(yscale="log", xlabel="λ of the weight $r^λ$")
+    ax.set_title("divergence of eight modes / of one")
+    ax.text(0, 1e4, "above 1: one mode costs less", va="bottom")
+    ax.text(len(costs) - 1, 0.02, "below 1: eight cost less", va="top", ha="right")
+    return fig
+
+
+@style
+def plane_parts(rows):
+    """Which part of the weight drops modes, that between noise levels or that within one?"""
+    fig, (axes,) = figure(1, 2, (12, 6.5))
+    level, sample = of_line(rows, "level"), of_line(rows, "sample")
+    both = {lam: runs for lam, runs in of_line(rows, "learned_256").items() if lam in (-1, 1, 5)}
+    against_lambda(axes, {"the whole weight": (RED, "-", both),
+                          "between noise levels": ("#969696", "-", level),
+                          "within a noise level": ("#238b45", "-", sample)},
+                   [("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)],
+                   bars=True)
+    return fig
+
+
+def panels(students, columns):
+    """Samples in the plane, a panel each: (title, x (n, 2), the target)."""
+    fig, axes = grid_of_axes(len(students), columns, 12 / columns + 0.4)
+    for ax, (title, x, target) in zip(axes, students):
+        plane(ax, x, target)
+        ax.set_title(title, fontsize=17)
+    return fig
+
+
+def students(rows, title):
+    """Return (title(row, run), samples, target) of each row's first run that has samples."""
+    return [(title(row, runs[0]), runs[0]["samples"].astype(np.float32),
+             TARGETS[option(runs[0], "--target", "ring8")])
+            for row, runs in rows.items() if "samples" in runs[0]]
+
+
+@style
+def toy2d_modes(rows):
+    """The teacher's samples on the ring, and each student's."""
+    ring = TARGETS["ring8"]
+    teacher = "the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring
+    return panels([teacher, *students(rows, lambda row, run: (
+        f"{label(row)}: {run['numbers']['modes_covered']} of 8"))], 4)
+
+
+@style
+def exercises(rows, names):
+    """The student of each exercise. names: row -> its panel's title."""
+    return panels(students(rows, lambda row, run: names[row]), 4)
+
+
+@style
+def strip(rows):
+    """What h does, in one row, the README's first picture: the weight against log r, then the
+    samples that it led to."""
+    hs = {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}
+    rows = {row: rows[row] for row in hs if row in rows}
+    shown = students(rows, lambda row, run: (
+        f"{label(row)}: {run['numbers']['modes_covered']} of 8 modes"))
+    fig, (axes,) = figure(1, 1 + len(shown), (12, 4.1), width_ratios=[1.25] + [1] * len(shown))
+    log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
+    axes[0].axvspan(0, 2, color="#f4e9e4")
+    axes[0].text(1, 0.022, "q > p:\ntoo many\nsamples", ha="center", va="center", fontsize=17)
+    for row in rows:
+        weight = bregman.get(*hs[row]).weight(log_r)
+        axes[0].plot(log_r, weight, color=COLOUR[row], lw=4, label=label(row))
+    axes[0].set(yscale="log", ylim=(3e-3, 3e3), xlabel="log r = log q/p", title="weight h''(r) r")
+    axes[0].legend(loc="upper left", fontsize=14)
+    for (title, x, target), row, ax in zip(shown, rows, axes[1:]):
+        plane(ax, x, target)
+        ax.set_title(title, fontsize=17, color=COLOUR[row])
+    return fig
+
+
+@style
+def animate(films, target, path):
+    """Students on their way, side by side, as a GIF. films: title -> frames of toy2d.py, "step"
+    (F,) and "x" (F, n, 2)."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    fig, (axes,) = figure(1, len(films), (9, 5))
+
+    def frame(i):
+        for ax, (title, shots) in zip(axes, films.items()):
+            j = min(i, len(shots["step"]) - 1)                  # the last one stays a while
+            ax.clear()
+            plane(ax, shots["x"][j].astype(np.float32), target, size=14)
+            ax.set_title(f"{title}, step {shots['step'][j]}")
+    movie = FuncAnimation(fig, frame, frames=8 + max(len(s["step"]) for s in films.values()))
+    with atomic(path) as tmp:
+        movie.save(tmp, PillowWriter(fps=6), dpi=90)
+
+
+# --------------------------------------------------------------------------------- runs on images
+
+DISTANCES = {           # column of log.csv -> a panel's title
+    "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
+    "precision": "precision", "recall": "recall"}
+UNTEMPERED = DISTANCES | {"log_r_std": "std of log r", "ess": "ESS of a batch"}
+HEALTH = {              # and what a panel gives away
+    "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
+    "log_r": "mean of log r (below 0: upside down)",
+    "ess": "effective sample size (low: not tempered)",
+    "loss_score": "fake score's loss (rises: stale)",
+    "loss_class": "classifier's loss (near 0: small noise)",
+    "grad_g": "gradient of G (high at first: the rate)",
+    "grad_f": "fake score's gradient (rises: stale)"}
+
+
+@style
+def curves(rows, titles=DISTANCES, names=()):
+    """Runs on images: mean over seeds, and a band of one standard deviation, against images seen.
+    titles: column -> title, of which those are drawn that some run has; names: row -> its name, if
+    not its label."""
+    logs, names = {row: [run["log"] for run in runs] for row, runs in rows.items()}, dict(names)
+    titles = {k: title for k, title in titles.items()
+              if any(k in log[-1] for seeds in logs.values() for log in seeds)}
+    fig, axes = grid_of_axes(len(titles), 2, 4.5)
+    for ax, (key, title) in zip(axes, titles.items()):
+        for i, (row, seeds) in enumerate(logs.items()):
+            series = [[(r["kimg"], r[key]) for r in log if key in r] for log in seeds]
+            n = min(map(len, series))
+            if n:
+                x = [kimg for kimg, _ in series[0][:n]]
+                mean, std = mean_std([[value for _, value in s[:n]] for s in series])
+                colour = COLOUR.get(row, OTHER[i % 7])
+                ax.plot(x, mean, "o-", color=colour, label=names.get(row, label(row)))
+                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        ax.set(xlabel="generated images (thousands)", title=title)
+        if key.startswith("to_"):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
+               ncols=2 if len(logs) == 4 else 3)
+    return fig
+
+
+def power(run):
+    """Return lambda of the weight r^lambda of a run, or None for a weight that is no power of r."""
+    h = option(run, "--h", "kl")
+    return float(option(run, "--lam", 5)) if h == "sba" else {"be": -1, "kl": 0, "ls": 1}.get(h)
+
+
+@style
+def every_h(rows):
+    """The distance to the teacher's samples, a dot a seed, and a bar their mean; below, the same
+    against the power of r that weighed the samples."""
+    fig, ((top,), (low,)) = figure(2, 1, (12, 12))
+    for i, (row, runs) in enumerate(rows.items()):
+        lam, distance = power(runs[0]), values(runs, "to_teacher")
+        dots = dict(color=COLOUR.get(row, OTHER[i % 7]), ls="", marker="o", ms=14, alpha=0.7)
+        top.plot([i] * len(distance), distance, **dots)
+        top.plot([i - 0.3, i + 0.3], [np.mean(distance)] * 2, color=dots["color"])
+        if lam is not None:
+            low.plot([lam * tau for tau in values(runs, "tau")], distance, label=label(row), **dots)
+    title = "distance to the teacher's samples"
+    top.set_xticks(range(len(rows)), [label(row).replace(" ", "\n") for row in rows])
+    top.set_ylabel(title)
+    low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=title)
+    if low.lines:
+        low.legend(ncols=2)
+    return fig
+
+
+@style
+def teachers(learning, guided):
+    """What training and guidance do to a teacher's samples. learning: a row for each number of
+    images seen; guided: one for each guidance w."""
+    fig, axes = figure(2, 2, (12, 10))
+    learning = sorted(learning, key=lambda row: row["seen"])
+    guided = sorted(guided, key=lambda row: row["w"])
+    seen, w = [row["seen"] / 1e6 for row in learning], [row["w"] for row in guided]
+    for ax, key, title in zip(axes[0], ("fd_compact", "is_compact"), ("FD-compact", "IS-compact")):
+        numbers = [row[key] for row in learning]
+        ax.plot(seen, numbers, "o-", ms=11, color="black")
+        for row, x, y in zip(learning, seen, numbers):
+            if row["decayed"]:
+                ax.plot(x, y, "*", ms=26, color=RED, label="after the rate fell to 0")
+        ax.set(xlabel="images seen (millions)", title=f"{title}, not guided")
+    axes[0, 0].legend()
+    axes[1, 0].plot(w, [row["fd"] for row in guided], "o-", ms=11, color="black")
+    axes[1, 0].set(xlabel="w (1: not guided)", title="FD-compact, guided")
+    recall, precision = ([row[key] for row in guided] for key in ("recall", "precision"))
+    axes[1, 1].plot(recall, precision, "o-", ms=11, color="black")
+    for at, x, y in zip(w, recall, precision):
+        axes[1, 1].annotate(f"w = {at:g}", (x, y), (9, 9), textcoords="offset points")
+    axes[1, 1].set(xlabel="recall", ylabel="precision", title="what guidance trades")
+    axes[1, 1].margins(0.35)
+    return fig
