@@ -60,6 +60,24 @@ def per_image(sigma, x):
 
 # ---------------------------------------------------------------------------------- its parts
 
+def resample(x, direction, f, padding=None):
+    """Halve ("down") or double ("up") the images x, (N, C, H, W).
+
+    Each channel is filtered by f, (1, 1, taps, taps), with stride 2; up it is the transpose, times
+    4, since a pixel becomes four. padding: (taps - 1) // 2 on each side, which halves exactly.
+    """
+    taps, channels = f.shape[-1], x.shape[1]
+    if taps == 2:                                               # [1, 1]: both are a plain box
+        if direction == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    f = f.to(x.dtype).expand(channels, 1, -1, -1)
+    padding = (taps - 1) // 2 if padding is None else padding
+    if direction == "down":
+        return F.conv2d(x, f, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=channels)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution with optional 2x resampling in front of it: "up", "down" or None."""
 
@@ -73,23 +91,11 @@ class Conv2d(nn.Conv2d):
             taps = taps.outer(taps) / taps.sum() ** 2
             self.register_buffer("resample_filter", taps[None, None])
 
-    def filter(self, x, padding):                               # x (N, cin, H, W)
-        """Filter each channel with stride 2; up, do the transpose, times 4: 4 pixels for each."""
-        if self.resample_filter.shape[-1] == 2:                 # [1, 1]: both are a plain box
-            if self.resample == "down":
-                return F.avg_pool2d(x, 2)                       # (N, cin, H / 2, W / 2)
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        channels = x.shape[1]
-        f = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
-        if self.resample == "down":
-            return F.conv2d(x, f, stride=2, padding=padding, groups=channels)
-        return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=channels)
-
-    def forward(self, x, gain=1.0):
+    def forward(self, x, gain=1.0):                             # x (N, cin, H, W)
         """Return gain times the convolution of x, resampled. Scaling the weight costs less than
         scaling the features."""
         if self.resample:
-            x = self.filter(x, padding=(self.resample_filter.shape[-1] - 1) // 2)
+            x = resample(x, self.resample, self.resample_filter)
         if gain == 1.0:
             return self._conv_forward(x, self.weight, self.bias)
         return self._conv_forward(x, self.weight * gain, self.bias * gain)
@@ -99,7 +105,8 @@ class PyramidConv2d(Conv2d):
     """NCSN++'s image pyramid: the convolution first, then the filter without padding."""
 
     def forward(self, x):                                       # (N, cin, H, W)
-        return self.filter(self._conv_forward(x, self.weight, self.bias), padding=0)
+        x = self._conv_forward(x, self.weight, self.bias)       # of H + 2 by W + 2
+        return resample(x, self.resample, self.resample_filter, padding=0)
 
 
 def group_norm(channels, eps=1e-6):
