@@ -1,5 +1,5 @@
-"""How far one set of images is from another: FID (Heusel et al. 2017, arXiv 1706.08500), Inception
-Score (Salimans et al. 2016, arXiv 1606.03498), precision and recall.
+"""How far is one set of images from another? FID (Heusel et al. 2017, arXiv 1706.08500), the
+Inception Score, IS (Salimans et al. 2016, arXiv 1606.03498), precision and recall.
 
     python fid.py samples.npz cifar10                           # offline: FD-compact, not FID
     python fid.py samples.npz cifar10 --features inception      # FID with Clean-FID's resize
@@ -8,49 +8,65 @@ Score (Salimans et al. 2016, arXiv 1606.03498), precision and recall.
 
     python fid.py pretrained/compact_teacher_samples.zip        # FD-compact 2.10, IS-compact 4.28
 
-A set is a folder, .zip or .tar of images, an .npy or .npz of uint8 images, `cifar10`, or an .npz
-of what was measured before: features (--save writes them), or statistics alone (mu, sigma; EDM's
-fid-refs), which have no precision and recall. FD-compact is the same distance in the features of a
-small CIFAR-10 classifier that comes with this project (pretrained/): it needs no download, and its
-numbers are not FIDs nor comparable with any.
-"""
-from plumbing.run import run_main, tune_cpu
+FD-compact is the same distance as FID in the features of a small CIFAR-10 classifier that comes
+with this project. It needs no download, and its numbers are not FIDs nor comparable with any.
 
+A set is a folder, a .zip, an .npy or an .npz of images, or `cifar10`. It can also be an .npz of
+what was measured before: with features, as --save writes it, or with the statistics mu and sigma
+alone, as EDM's fid-refs, from which precision and recall can't be had.
+"""
 import json
+import sys
+import zipfile
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import torch
 from tqdm import tqdm
 
-from data import load_images
-from plumbing.features import (CLASSIFIER, REFERENCE, Classifier, load_net, read_net, resize,
-                               train_classifier)
-from plumbing.files import atomic, claim, reading, save_atomic
-from plumbing.measured import in_words, read_measured
-from plumbing.options import (Parser, count, ending, path, reader, text, torch_device,
-                              torch_seed)
+from data import download, load_images
+from plumbing.cli import count, parser, run_main, torch_device, whole
+from plumbing.features import Classifier, Inception, read_net, resize, train_classifier
+from plumbing.loop import atomic, claim, save as save_weights, tune_cpu
 
 NAMES = {"compact": ("FD-compact", "IS-compact"), "inception": ("FID", "IS")}
+PRETRAINED = Path(__file__).parent / "pretrained"
+CLASSIFIER = PRETRAINED / "compact_classifier.pt"
+REFERENCE = PRETRAINED / "compact_classifier_cifar10.npz"            # its training set, measured
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth",
+             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
 
 # ----------------------------------------------------------------------------- images to features
 
-def extract(images, net, how="clean", batch=64, progress=False):
-    """-> features (N, d), logits (N, classes), float32 on the CPU.
+def load_net(features="compact"):
+    """Return the network behind a distance, in eval mode: "compact" from pretrained/, "inception"
+    downloaded once and checked. Raises ValueError or OSError, which names the file."""
+    return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))
 
-    images: (N, 3, H, W), uint8, or float [0, 255], which is rounded and clipped first, as a saved
-    file would be. Raises ValueError if a feature is not finite.
+
+def extract(images, net, how="clean", batch=64, bar=""):
+    """Return the network's features (N, d) and logits (N, classes), float32 on the CPU.
+
+    images: (N, C, H, W), of 3 channels or grey, uint8 or float, in [0, 255]. Floats are rounded
+    and clipped first, as a saved file would be. how: the resize to the network's size, see
+    features.resize. bar: the name of a progress bar, none if it is empty. Raises ValueError for
+    floats in another range and for features that are not finite.
     """
-    features, logits, device = [], [], next(net.parameters()).device
-    for start in tqdm(range(0, len(images), batch), disable=None if progress else True):
-        x = images[start:start + batch].to(device)
-        if x.dtype != torch.uint8:
+    if images.is_floating_point() and not (images > 2).any():
+        raise ValueError("no value of these images is above 2: floats must be in [0, 255], "
+                         "not in [0, 1] or [-1, 1]")
+    features, logits, where = [], [], next(net.parameters()).device
+    for start in tqdm(range(0, len(images), batch), bar, disable=None if bar else True):
+        x = images[start:start + batch].to(where)
+        if x.is_floating_point():
             x = x.round().clamp(0, 255)
         with torch.inference_mode():
-            f, y = net(resize(x.float(), net.size, how))
+            x = resize(x.float(), net.size, how)                        # (n, C, size, size)
+            f, y = net(x.expand(-1, 3, -1, -1))                         # grey as RGB
         bad = ~f.isfinite().all(1)
         if bad.any():
             raise ValueError(f"the features of image {start + bad.nonzero()[0].item()} "
@@ -61,15 +77,16 @@ def extract(images, net, how="clean", batch=64, progress=False):
 
 
 def shuffled(x):
-    """The rows of x in a random order, always the same. Sets come sorted by class, or with the
-    classes taking turns: neither neighbours nor every tenth image would be a fair part of them."""
+    """Return the rows of x in a random order, always the same. Sets come sorted by class, or with
+    the classes in turn: neither neighbours nor every tenth image would be a fair part of them."""
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
 
 
 # -------------------------------------------------------------------------- features to a distance
 
 def stats(features):
-    """features (N, d) -> mu (d,), sigma (d, d) over N - 1, float64. Raises ValueError below 2."""
+    """Return the mean (d,) and the covariance over N - 1 (d, d) of features (N, d), in float64.
+    Raises ValueError below two."""
     n, parts = len(features), features.split(4096)      # in float64 a part at a time
     if n < 2:
         raise ValueError(f"{n} image(s): a covariance takes at least 2")
@@ -78,8 +95,8 @@ def stats(features):
 
 
 def factor(sigma):
-    """-> F with F F^T = sigma. Cholesky's where there is one, else by eigenvalues: a covariance of
-    fewer images than dimensions is singular. Raises ValueError where one is negative."""
+    """Return F with F F^T = sigma: Cholesky's, or by eigenvalues where there is none, since a
+    covariance of fewer images than dimensions is singular. Raises ValueError for a negative one."""
     F, failed = torch.linalg.cholesky_ex(sigma)
     if failed:
         values, vectors = torch.linalg.eigh(sigma)
@@ -90,7 +107,7 @@ def factor(sigma):
 
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a float.
+    """Return the Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     The trace of the root needs no root of a matrix: with S = F F^T and P = F1^T F2, it is the sum
     of the roots of the eigenvalues of P P^T, which are those of S1 S2. mu: (d,), sigma: (d, d),
@@ -113,8 +130,8 @@ def frechet(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10):
-    """exp E KL(p(y|x) ‖ p(y)) of logits (N, classes), between 1 and the number of classes: mean
-    and standard deviation over random splits of equal size."""
+    """Return the mean and the standard deviation of exp E KL(p(y|x) ‖ p(y)) over random splits of
+    logits (N, classes). It lies between 1 and the number of classes."""
     scores = []
     for part in shuffled(logits).tensor_split(min(splits, len(logits))):
         p = part.double().softmax(1)                                        # p(y|x)
@@ -138,8 +155,8 @@ def distances(x, y):
 
 
 def neighbours(x, k):
-    """-> each sample's squared distances to its k nearest others in x, rising (N, k). The margin is
-    for rounding: a copy of the k-th neighbour is on the ball, and counts as in it."""
+    """Return each sample's squared distances to its k nearest others in x, rising (N, k). The
+    margin is for rounding: a copy of the k-th neighbour is on the ball, and counts as in it."""
     nearest = []
     for rows, square in distances(x, x):
         square[torch.arange(len(rows)), rows] = torch.inf
@@ -148,12 +165,12 @@ def neighbours(x, k):
 
 
 def precision_recall(real, generated, k=3, k_coverage=5):
-    """Of features (N, d), (M, d): a dictionary of four numbers. A sample's ball reaches to its
-    k-th neighbour in its own set.
+    """Return precision, recall, density and coverage of features (N, d), (M, d), as a dictionary.
 
-    precision: the share of generated samples in any real ball; recall: of real samples in any
-    generated ball (Kynkäänniemi et al. 2019, arXiv 1904.06991). density: the number of real balls
-    that a generated sample is in, over k_coverage; coverage: the share of real balls with a
+    A sample's ball reaches to its k-th neighbour in its own set. Precision is the fraction of
+    generated samples in any real ball, recall that of real samples in any generated ball
+    (Kynkäänniemi et al. 2019, arXiv 1904.06991). Density is the number of real balls that a
+    generated sample is in, over k_coverage; coverage is the fraction of real balls with a
     generated sample in them (Naeem et al. 2020, arXiv 2002.09797). Take N = M to compare sets.
     Raises ValueError for too few samples, different widths, and features that are not finite.
     """
@@ -194,9 +211,9 @@ class Measured:
     resize: str | None = None               # how its images came to the network's size, if known
 
 
-def measure(images, net, how="clean", batch=64, splits=10, progress=False):
-    """images (N, 3, H, W) -> Measured; see extract."""
-    features, logits = extract(images, net, how, batch, progress)
+def measure(images, net, how="clean", batch=64, splits=10, bar=""):
+    """Return Measured of images (N, C, H, W), whose range and options are those of extract."""
+    features, logits = extract(images, net, how, batch, bar)
     return Measured(*stats(features), len(images), inception_score(logits, splits), features, how)
 
 
@@ -211,21 +228,33 @@ def save(measured, path, most=5000):
 
 
 def load(path):
-    """-> Measured, if `path` is an .npz that holds features or statistics (mu, sigma), else None.
-    Raises ValueError, naming the file, for what they can't be."""
-    with reading(path, "statistics or features"):
-        known = read_measured(path)
-        if known and "mu" not in known:
+    """Return Measured of an .npz that holds features or statistics (mu, sigma), None for another
+    file. Raises ValueError, which names the file, where they can't be what they are called."""
+    if Path(path).suffix != ".npz" or not zipfile.is_zipfile(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            known = {name: f[name].tolist() for name in ("n", "score", "resize") if name in f}
+            known |= {name: torch.from_numpy(f[name]).double() for name in ("mu", "sigma")
+                      if name in f}
+            if "features" in f:
+                known["features"] = torch.from_numpy(f["features"]).float()
+        if not known.keys() & {"mu", "features"}:
+            return None
+        if "mu" not in known:
             mu, sigma = stats(known["features"])
             known |= {"mu": mu, "sigma": sigma, "n": len(known["features"])}
-        if known:
-            factor(known["sigma"])                              # raises where it is no covariance
-        return Measured(**known) if known else None
+        if not (known["mu"].isfinite().all() and known["sigma"].isfinite().all()):
+            raise ValueError("mu or sigma is not finite")
+        factor(known["sigma"])                                  # raises where it is no covariance
+        return Measured(**known)
+    except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: not statistics (mu, sigma) or features of images: {e}") from e
 
 
-def measure_source(source, net, n=None, how="clean", **options):
-    """SOURCE or SOURCE:SPLIT -> Measured, of n of its images or of all; how, options: see measure.
-    CIFAR-10's training set in the compact features is at hand."""
+def find(source, net, n=None, how=None):
+    """Return the images (N, C, H, W) that are to be measured, or Measured where `source` holds
+    that. It measures nothing yet. The arguments are measure_source's."""
     if source == "cifar10" and isinstance(net, Classifier):
         source = REFERENCE
     if stored := load(source):
@@ -233,25 +262,40 @@ def measure_source(source, net, n=None, how="clean", **options):
             raise ValueError(f"-n takes some of a set's images: {source} has none")
         if len(stored.mu) != net.width:
             raise ValueError(f"{source}: {len(stored.mu)} features, this network has {net.width}")
-        if stored.resize not in (None, how):
-            raise ValueError(f"{source}: measured with --resize {stored.resize}")
+        if not (stored.resize or how) and isinstance(net, Inception):
+            raise ValueError(f"{source} does not say how its images were resized: add --resize tf "
+                             "(EDM's statistics are of tf) or --resize clean")
+        if stored.resize not in (None, how or "clean"):
+            raise ValueError(f"{source} was measured with --resize {stored.resize}: add that")
         return stored
     name, _, split = str(source).rpartition(":")
     if split not in ("train", "test") or not name:
         name, split = source, "train"
     images = load_images(name, split)[0]
-    if n and n < len(images):
-        images = shuffled(images)[:n]
-    try:
-        return measure(images, net, how, **options)
-    except ValueError as e:
-        raise ValueError(f"{source}: {e}") from e
+    images = shuffled(images)[:n] if n and n < len(images) else images
+    if len(images) < 2:
+        raise ValueError(f"{source}: {len(images)} image(s): a covariance takes at least 2")
+    if isinstance(net, Classifier) and images.shape[1:] != (3, 32, 32):
+        print(f"{source}: FD-compact is a CIFAR-10 classifier's view, of 32 x 32 RGB images, to "
+              "which these are resized", file=sys.stderr)
+    return images
+
+
+def measure_source(source, net, n=None, how=None, **options):
+    """Return Measured of SOURCE or SOURCE:SPLIT, of n of its images or of all. CIFAR-10's training
+    set in the compact features is at hand.
+
+    how: the resize, "clean" where it is None; but statistics for Inception that do not say how
+    they were made need it. options: see measure. Raises ValueError or OSError.
+    """
+    found = find(source, net, n, how)
+    return found if isinstance(found, Measured) else measure(found, net, how or "clean", **options)
 
 
 # --------------------------------------------------------------------------- one set to another
 
 def bias(a, b):
-    """How much the distance of two Measured is too high because `a` has so few images.
+    """Return how much the distance of two Measured is too high because `a` has so few images.
 
     The distance is linear in 1/N (Chong & Forsyth 2020, arXiv 1911.07023), so what halving the set
     adds is what doubling it, again and again, would take away. None where a half has no more
@@ -267,8 +311,8 @@ def bias(a, b):
 
 
 def variety(a, b):
-    """-> precision_recall of Measured a against b on equally many images, and `images`, how many;
-    None without the features of 6 images of each."""
+    """Return precision_recall of Measured a against b on equally many images, and `images`, how
+    many; None without the features of 6 images of each."""
     if a.features is None or b.features is None:
         return None
     n = min(len(a.features), len(b.features))
@@ -278,74 +322,106 @@ def variety(a, b):
 
 
 def compare(a, b, features="compact", how="clean"):
-    """-> the distance of two Measured and all that should be said with it, as a dictionary."""
-    names = NAMES[features]
+    """Return the distance of two Measured and all that should be said with it, a dictionary."""
+    names, (trace_a, trace_b) = NAMES[features], (m.sigma.trace().item() for m in (a, b))
+    value = frechet(a.mu, a.sigma, b.mu, b.sigma)
     excess = [bias(a, b), bias(b, a)]
-    return {"distance": names[0], "value": frechet(a.mu, a.sigma, b.mu, b.sigma),
-            "bias": None if None in excess else sum(excess), "score": names[1],
-            "score_mean": a.score and a.score[0], "score_std": a.score and a.score[1],
-            "variance": float(a.sigma.trace() / b.sigma.trace()),       # below 1: less variety
+    if value <= 1e-8 * (trace_a + trace_b):         # one set, and the rounding of its features
+        value, excess = 0.0, [0.0]
+    return {"distance": names[0], "value": value, "bias": None if None in excess else sum(excess),
+            "is": names[1], "is_mean": a.score and a.score[0], "is_std": a.score and a.score[1],
+            "variance": trace_a / trace_b if trace_b else None,         # below 1: less variety
             "variety": variety(a, b), "n": [a.n, b.n], "features": features, "resize": how}
+
+
+def in_words(result, splits):
+    """Return compare's dictionary, which also names the reference, as lines of text."""
+    n = [f"{k:,} images" if k else "statistics" for k in result["n"]]
+    lines = [f"{result['distance']} {result['value']:.4g} to {result['reference']}: {n[0]} "
+             f"against {n[1]}, resize {result['resize']}"]
+    if result["value"] and any(k and k < 50_000 for k in result["n"]):
+        known = result["bias"] is not None
+        much = f"about {result['bias']:.2g}" if known else "too few to say how much"
+        lines += [f"biased upward by fewer than 50,000 images: {much}"]
+    if result["is_mean"]:
+        few = f"; fewer than 10 images in each of {splits} splits make it too low"
+        lines += [f"{result['is']} {result['is_mean']:.3f} ± {result['is_std']:.3f}"
+                  + (few if result["n"][0] < 10 * splits else "")]
+    if result["variance"]:
+        lines += [f"variance {result['variance']:.3f} of the reference's"]
+    words = ("precision {precision:.3f}  recall {recall:.3f}  density {density:.3f}  "
+             "coverage {coverage:.3f}  {images} images each")
+    lines += [words.format(**result["variety"]) if result["variety"] else
+              "precision and recall need images (6 or more) of both sets"]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ command line
 
-def train(argv, device):
+@dataclass
+class TrainConfig:
+    data: str = "cifar10"           # the labelled images: what data.load_images takes
+    out: Path = Path("runs/classifier")     # the folder for its weights and statistics
+    epochs: count = 12              # how often it sees each image
+    seed: whole = 0                 # of its weights and of the order of the images
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # what computes
+
+
+def train(argv):
     """Train FD-compact's classifier and measure its training set. Both files have the names that
     they have in pretrained/: copy them there to use them."""
-    parser = Parser(prog="fid.py train", description="Train FD-compact's classifier.")
-    parser.add("data", text, "cifar10", "the labelled images: what data.load_images takes")
-    parser.add("out", path, "runs/classifier", "the folder for its weights and statistics")
-    parser.add("epochs", count, 12, "times that it sees each image")
-    parser.add("seed", torch_seed, 0, "of its weights and of the order of the images")
-    parser.add("device", torch_device, device, "what computes")
-    args = parser.parse_args(argv)
+    p = parser("fid.py train", "Train FD-compact's classifier.", TrainConfig)
+    cfg = TrainConfig(**vars(p.parse_args(argv)))
     tune_cpu()
-    images, labels = load_images(args.data, "train")
-    test_images, test_labels = load_images(args.data, "test")
-    if labels is None or test_labels is None:
-        raise ValueError(f"--data {args.data}: images without labels")
-    with claim(args.out):
-        weights = args.out / CLASSIFIER.name
-        save_atomic(train_classifier(images, labels, args.epochs, seed=args.seed,
-                                     device=args.device), weights)
-        net = read_net("compact", weights).to(args.device)      # judge what was saved: float16
-        save(measure(images, net), args.out / REFERENCE.name)
+    images, labels = load_images(cfg.data, "train")
+    test_images, test_labels = load_images(cfg.data, "test")
+    with claim(cfg.out) as folder:
+        weights = folder / CLASSIFIER.name
+        save_weights(train_classifier(images, labels, cfg.epochs, seed=cfg.seed,
+                                      device=cfg.device), weights)
+        net = read_net("compact", weights).to(cfg.device)       # judge what was saved: float16
+        save(measure(images, net), folder / REFERENCE.name)
         right = extract(test_images, net)[1].argmax(1) == test_labels
-        which = "training" if torch.equal(images, test_images) else "test"      # without a split
-        print(f"{right.double().mean():.4f} of the {which} images right: {weights}")
+        print(f"{right.double().mean():.4f} of the test images right: {weights}")
 
 
 def main(argv):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if argv[:1] == ["train"]:
-        return train(argv[1:], device)
-    what_a_set_is = __doc__.split("\n\n")[-1]
-    parser = Parser(prog="fid.py", description=what_a_set_is)
-    parser.add_argument("a", type=text, help="the set to judge; SOURCE:test takes its test split")
-    parser.add_argument("b", type=text, nargs="?", default="cifar10",
-                        help="the reference (cifar10)")
-    parser.add_argument("-n", type=count, help="take so many of A's images, at random")
-    parser.add("features", reader(Literal["compact", "inception"]), "compact",
-               "the network: compact (FD-compact) or inception (FID)")
-    parser.add("resize", reader(Literal["clean", "tf"]), "clean",
-               "to the network's size: clean (Pillow's bicubic) or tf (TensorFlow 1's bilinear)")
-    parser.add("splits", count, 10, "parts of A for the Inception Score, whose spread is printed")
-    parser.add("batch", count, 64, "images a step")
-    parser.add("device", torch_device, device, "what computes")
-    parser.add("save", ending(".npz"), None,
-               "an .npz for A's statistics, score, and features of 5000 images")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args(argv)
+        return train(argv[1:])
+    p = parser("fid.py", __doc__.split("\n\n")[-1])
+    add = p.add_argument
+    add("a", help="the set to judge; SOURCE:test takes its test split")
+    add("b", nargs="?", default="cifar10", help="the reference (cifar10)")
+    add("-n", type=count, help="take so many of A's images, at random")
+    add("--features", choices=NAMES, default="compact",
+        help="the network: compact (FD-compact) or inception (FID); (compact)")
+    add("--resize", choices=("clean", "tf"), help="to the network's size: clean (Pillow's bicubic, "
+        "as Clean-FID) or tf (TensorFlow 1's bilinear, as EDM); (clean)")
+    add("--splits", type=count, default=10,
+        help="parts of A for the Inception Score, whose spread is printed (10)")
+    add("--batch", type=count, default=64, help="images a step (64)")
+    add("--device", type=torch_device, default=TrainConfig.device,
+        help=f"what computes ({TrainConfig.device})")
+    add("--save", metavar="FILE.npz", help="keep A's statistics, and features of 5,000 images")
+    add("--save-reference", metavar="FILE.npz", help="keep B's, so that it is measured once")
+    add("--json", action="store_true", help="print the result as JSON")
+    args = p.parse_args(argv)
+    for path in (args.save, args.save_reference):
+        if path and Path(path).suffix != ".npz":
+            p.error(f"{path}: statistics are saved as .npz")
     tune_cpu()
-    net = load_net(args.features).to(args.device)
-    how = dict(how=args.resize, batch=args.batch, splits=args.splits, progress=True)
-    b = measure_source(args.b, net, **how)
-    a = measure_source(args.a, net, args.n, **how)
-    result = compare(a, b, args.features, args.resize)
-    print(json.dumps(result) if args.json else in_words(result))
-    if args.save:
-        save(a, args.save)
+    net, how = load_net(args.features).to(args.device), args.resize or "clean"
+    sets = [find(args.a, net, args.n, args.resize), find(args.b, net, None, args.resize)]
+    print(f"computing on {args.device}", file=sys.stderr)       # both are there, now the long part
+    a, b = (s if isinstance(s, Measured) else measure(s, net, how, args.batch, args.splits, name)
+            for s, name in zip(sets, (args.a, args.b)))
+    try:
+        for measured, path in ((a, args.save), (b, args.save_reference)):
+            if path:
+                save(measured, path)
+    finally:                                    # a full disk does not cost the result
+        result = {"set": args.a, "reference": args.b} | compare(a, b, args.features, how)
+        print(json.dumps(result, allow_nan=False) if args.json else in_words(result, args.splits))
 
 
 if __name__ == "__main__":

@@ -36,13 +36,17 @@ share = number(float, 0, 1, "a number from 0 to 1")
 real = number(float, -math.inf, math.inf, "a number")
 
 
-def device(name):
-    """Return the name of a torch device, if it is there and computes."""
+def torch_device(name):
+    """Return the name of a torch device, if it is there and computes. (It is not called device: in
+    a dataclass, `device: device = "cpu"` would take the default for the type.)"""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise argparse.ArgumentTypeError(f"no device {name!r}: {str(e).splitlines()[0]}") from e
     return name
+
+
+device = torch_device               # the old name, until nobody imports it
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,9 +1,8 @@
 """The networks whose features fid.py compares: Inception-v3, and a small CIFAR-10 classifier.
 
-Both take float images [0, 255] (N, 3, size, size) and return features (N, width) and logits.
+Both take float images in [0, 255] (N, 3, size, size) and return features (N, width) and logits.
 """
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,15 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from plumbing.download import download
-from plumbing.files import reading
-
-PRETRAINED = Path(__file__).parents[1] / "pretrained"
-CLASSIFIER = PRETRAINED / "compact_classifier.pt"
-REFERENCE = PRETRAINED / "compact_classifier_cifar10.npz"            # its training set, measured
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth",
-             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
+from plumbing.loop import load
 
 
 class ConvBN(nn.Module):
@@ -55,8 +46,9 @@ def halving_pool(x):
 class Mixed(nn.Module):
     """Inception's block: chains of convolutions side by side, one of them behind a pool.
 
-    branches: name -> steps (width, kernel[, stride]); a list as last step is a fork. The
-    parameters are named as in the weights file: branch_1, branch_2, forks branch_3a, branch_3b.
+    branches: the steps (width, kernel[, stride]) of each chain, by its name; a list as last step is
+    a fork. The parameters are named as in the weights file: branch_1, branch_2, and of a fork
+    branch_3a, branch_3b.
     """
 
     def __init__(self, cin, pool, branches):
@@ -184,8 +176,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images, labels, epochs=12, batch=128, lr=0.1, seed=0, device="cpu"):
-    """Train Classifier -> its state dict, float16 on the CPU. Random crops and flips, Nesterov
-    momentum, one cycle of the learning rate.
+    """Train a Classifier and return its state dict, float16 on the CPU. Random crops and flips,
+    Nesterov momentum, one cycle of the learning rate.
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), 0 to 9. Raises ValueError for others.
     """
@@ -217,8 +209,8 @@ def train_classifier(images, labels, epochs=12, batch=128, lr=0.1, seed=0, devic
 
 
 def random_crops(images, index):
-    """images[index], float, shifted by up to 4 pixels, mirrored at the border, half of them
-    flipped."""
+    """Return images[index] as floats, shifted by up to 4 pixels, mirrored at the border, half of
+    them flipped."""
     y, x = torch.randint(-4, 5, (2, len(index), 1)) + torch.arange(32)      # rows, columns
     x = torch.where(torch.rand(len(index), 1) < 0.5, x, x.flip(1))
     y, x = (31 - (31 - at.abs()).abs() for at in (y, x))                    # mirrored: -1 is 1
@@ -229,7 +221,8 @@ def random_crops(images, index):
 # ---------------------------------------------------------------------------- to a network's size
 
 def resize_matrix(size, target, how):
-    """The resize of one axis as a matrix (target, size): both resizes are linear and separable.
+    """Return the resize of one axis as a matrix (target, size). Both resizes are linear and
+    separable.
 
     clean: Pillow's bicubic (with its low-pass when shrinking), read off from Pillow itself;
     tf: TensorFlow 1's bilinear, whose source coordinate is i * size / target, no half pixel.
@@ -246,7 +239,8 @@ def resize_matrix(size, target, how):
 
 
 def resize(images, target, how="clean"):
-    """float [0, 255] (N, 3, H, W) -> (N, 3, target, target), clipped, not rounded."""
+    """Return float images in [0, 255] (N, C, H, W) as (N, C, target, target), clipped to that range
+    and not rounded. how: see resize_matrix."""
     height, width = images.shape[2:]
     if (height, width) == (target, target):
         return images
@@ -255,28 +249,24 @@ def resize(images, target, how="clean"):
     return (rows @ (images @ columns.T)).clamp(0, 255)      # columns first, as Pillow does
 
 
-# -------------------------------------------------------------------------------------- both
+# --------------------------------------------------------------------------------- with weights
 
 NETS = {"compact": Classifier, "inception": Inception}
 
 
 def fuse(net):
-    """Batch norm in evaluation is one more scale and shift: put it into the convolutions."""
+    """Put batch norm, which in evaluation is one more scale and shift, into the convolutions."""
     for block in [m for m in net.modules() if isinstance(m, ConvBN)]:
         block.conv, block.bn = fuse_conv_bn_eval(block.conv.eval(), block.bn.eval()), nn.Identity()
     return net.eval().requires_grad_(False)
 
 
 def read_net(kind, path):
-    """-> the network `kind` of NETS with the weights at `path`, fused, in eval mode. Raises
-    ValueError or OSError, naming the file."""
+    """Return the network `kind` of NETS with the weights at `path`, fused, in eval mode. Raises
+    ValueError or OSError, which names the file."""
     net = NETS[kind]()
-    with reading(path, f"weights of the {kind} network"):
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        net.load_state_dict(load(path))
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{path}: not weights of the {kind} network") from e
     return fuse(net)
-
-
-def load_net(features="compact"):
-    """-> the network behind a distance, in eval mode: "compact", from pretrained/, or "inception",
-    downloaded once and checked. Raises ValueError or OSError, naming the file."""
-    return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))

@@ -1,9 +1,7 @@
-"""fid.py held against recorded Inception outputs (fixtures/), closed forms, SciPy's sqrtm, NumPy
+"""fid.py against recorded Inception outputs (fixtures/), closed forms, Pillow, SciPy's sqrtm, NumPy
 and brute force."""
 import json
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,8 @@ from PIL import Image
 
 import data
 import fid
-from plumbing import features
+from plumbing.cli import run_main
 from plumbing.features import Classifier, Inception, read_net, train_classifier
-from plumbing.run import run_main
 
 TOP = Path(__file__).parent.parent
 FIXTURE = json.loads((TOP / "fixtures/inception.json").read_text())
@@ -25,7 +22,7 @@ double = torch.float64
 
 
 def fill(net):
-    """The fixture's rule: every tensor from RandomState(its place in the sorted state dict)."""
+    """Set every tensor from RandomState(its place in the sorted state dict): the fixture's rule."""
     state = net.state_dict()
     for place, name in enumerate(sorted(state)):
         if name.endswith("num_batches_tracked"):
@@ -38,12 +35,21 @@ def fill(net):
         else:
             v *= np.sqrt(2 / np.prod(v.shape[1:])) if v.ndim >= 2 else 0.1
         state[name].copy_(torch.from_numpy(v))
-    return net.eval()
+    return state
 
 
 @pytest.fixture(scope="module")
-def inception():
-    return fill(Inception())
+def inception(tmp_path_factory):
+    """The network with the fixture's weights, read as the public file of these names is."""
+    state = {k: v for k, v in fill(Inception()).items() if not k.endswith("num_batches_tracked")}
+    assert {k: list(v.shape) for k, v in state.items()} == FIXTURE["tensors"]
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="weights.pth: not weights of the compact"):
+        read_net("compact", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid, "download", lambda url, sha256: path)
+        return fid.load_net("inception")
 
 
 @pytest.fixture(scope="module")
@@ -67,37 +73,17 @@ def measured(features):
     return fid.Measured(*fid.stats(features), len(features), features=features)
 
 
-# ----------------------------------------------------------------------------------- the networks
+# ------------------------------------------------------------------------- the networks, the resize
 
-def test_inception_has_the_names_and_shapes_of_the_public_file(inception):
-    state = {k: list(v.shape) for k, v in inception.state_dict().items()
-             if not k.endswith("num_batches_tracked")}
-    assert state == FIXTURE["tensors"]
-    assert sum(p.numel() for p in inception.parameters()) == FIXTURE["params"]
-
-
-def is_the_fixtures(net, how, key):
+@pytest.mark.parametrize("how, key", [("tf", "tf_bilinear"), ("clean", "pil_bicubic")])
+def test_inception_outputs(inception, how, key):
     images = np.random.RandomState(0).randint(0, 256, (2, 3, 32, 32)).astype(np.uint8)
-    features, logits = fid.extract(torch.from_numpy(images), net, how)
+    features, logits = fid.extract(torch.from_numpy(images), inception, how)
     expected = FIXTURE[key]
     close(features[:, ::64], torch.tensor(expected["pool_every64"]), rtol=0, atol=2e-6)
     close(features.mean(1), torch.tensor(expected["pool_mean"]), rtol=0, atol=1e-6)
     close(features.std(1, correction=0), torch.tensor(expected["pool_std"]), rtol=1e-3, atol=0)
     close(logits[:, ::63], torch.tensor(expected["logits_unbiased_every63"]), rtol=0, atol=1e-5)
-
-
-def test_inception_outputs(inception):
-    is_the_fixtures(inception, "tf", "tf_bilinear")
-
-
-def test_inception_file_is_read_from_the_cache_and_checked(inception, tmp_path, monkeypatch):
-    monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path))
-    path = tmp_path / features.INCEPTION[0].rsplit("/", 1)[1]
-    torch.save({k: v for k, v in inception.state_dict().items() if k in FIXTURE["tensors"]}, path)
-    with pytest.raises(ValueError, match="sha256"):
-        fid.load_net("inception")
-    monkeypatch.setattr(features, "INCEPTION", (features.INCEPTION[0], None))
-    is_the_fixtures(fid.load_net("inception"), "clean", "pil_bicubic")          # fused
 
 
 def test_classifier_learns_two_colours_and_survives_its_file(tmp_path):
@@ -109,17 +95,10 @@ def test_classifier_learns_two_colours_and_survives_its_file(tmp_path):
     net = read_net("compact", tmp_path / "c.pt")
     new = torch.cat([textures(9, 2) // 3, textures(9, 3) // 3 + 150])
     assert fid.extract(new, net)[1].argmax(1).tolist() == [0] * 9 + [1] * 9
+    for x, y, reason in ((images[:5], labels, "5 images"), (images, None, "needs a label")):
+        with pytest.raises(ValueError, match=reason):
+            train_classifier(x, y, batch=8)
 
-
-@pytest.mark.parametrize("shape, labels, reason", [
-    ((200, 3, 64, 64), [0] * 200, "64"), ((20, 3, 32, 32), [0] * 20, "20 images"),
-    ((200, 3, 32, 32), [0, 10] * 100, "label"), ((200, 3, 32, 32), [0, -1] * 100, "label")])
-def test_classifier_refuses_images_and_labels_of_other_kinds(shape, labels, reason):
-    with pytest.raises(ValueError, match=reason):
-        train_classifier(torch.zeros(shape, dtype=torch.uint8), torch.tensor(labels))
-
-
-# ---------------------------------------------------------------------------------------- resize
 
 @pytest.mark.parametrize("size", [32, 64, 299, 512])
 def test_clean_resize_is_pillows(size):
@@ -142,6 +121,13 @@ def test_tf_resize_is_bilinear_between_corners_without_half_pixels():
         close(y[..., i, j], expected, rtol=0, atol=1e-3)
 
 
+def test_grey_is_rgb_of_three_equal_channels_at_any_size(compact, inception):
+    x = textures(3, size=40)[:, :1, :28]
+    for net, how in ((compact, "clean"), (inception, "tf")):
+        grey, rgb = (fid.extract(images, net, how) for images in (x, x.expand(-1, 3, -1, -1)))
+        close(grey, rgb)
+
+
 def test_float_images_are_rounded_and_clipped_as_files_would_be(compact):
     x = textures(4)
     noisy = x.float() + torch.linspace(-0.4, 0.4, x.numel()).view(x.shape)
@@ -149,21 +135,25 @@ def test_float_images_are_rounded_and_clipped_as_files_would_be(compact):
     assert torch.equal(fid.extract(noisy, compact)[0], fid.extract(x, compact)[0])
 
 
-def test_nan_in_features_names_the_image():
-    class Broken(torch.nn.Linear):
-        size = 32
+@pytest.mark.parametrize("low", [0, -1])
+def test_floats_in_another_range_than_0_to_255_are_refused(compact, low):
+    x = low + (1 - low) * textures(4).float() / 255
+    with pytest.raises(ValueError, match=r"above 2: .*\[0, 255\]"):
+        fid.measure(x, compact)
+    x[3, 0, 0, 0] = 3
+    assert fid.measure(x, compact).n == 4                   # a set that is nearly black
 
-        def forward(self, x):
-            f = x.mean((2, 3))
-            f[(x == 255).all((1, 2, 3))] = torch.nan
-            return f, f
+
+def test_nan_in_features_names_the_image(compact, monkeypatch):
+    seen = lambda x: (x < 255).any((1, 2, 3)).float().view(-1, 1)           # noqa: E731
+    monkeypatch.setattr(compact, "forward", lambda x: (x.mean((2, 3)) / seen(x), x))
     x = textures(5)
     x[3] = 255
     with pytest.raises(ValueError, match="image 3"):
-        fid.measure(x, Broken(1, 1), batch=2)
+        fid.measure(x, compact, batch=2)
 
 
-# ----------------------------------------------------------------------------- Fréchet distance
+# ------------------------------------------------------------------------------- Fréchet distance
 
 def random_stats(d, seed, n=None):
     x = normal(n or 4 * d, d, seed).double()
@@ -211,12 +201,9 @@ def test_frechet_of_singular_covariances():
     shift = few[0] - many[0]
     expected = shift.square().sum() + many[1].trace()
     assert fid.frechet(few[0], zero, *many) == pytest.approx(expected.item())
-
-
-@pytest.mark.parametrize("n", [10, 64, 65, 1000])
-def test_frechet_of_identical_sets_is_zero(n):
-    same = random_stats(64, 3, n)
-    assert abs(fid.frechet(*same, *same)) < 1e-6
+    for n in (10, 64, 65, 1000):
+        same = random_stats(64, 3, n)
+        assert abs(fid.frechet(*same, *same)) < 1e-6
 
 
 def test_frechet_refuses_other_widths_nan_and_what_is_no_covariance():
@@ -245,7 +232,7 @@ def test_bias_is_what_more_images_take_away():
     assert fid.bias(fid.Measured(few.mu, few.sigma), many) == 0
 
 
-# ------------------------------------------------------------------------------ Inception Score
+# -------------------------------------------------------------------------------- Inception Score
 
 def test_inception_score_of_one_hot_and_of_uniform():
     one_hot = torch.eye(10).repeat(5000, 1) * 1e4
@@ -271,7 +258,7 @@ def test_inception_score_is_its_definition():
 # ------------------------------------------------------------------------------ precision, recall
 
 def brute_force(real, generated, k=3, k_coverage=5):
-    """The papers' formulas, sample by sample, in float64."""
+    """Return the papers' formulas, sample by sample, in float64."""
     real, generated = real.double().numpy(), generated.double().numpy()
     gap = lambda x, y: np.linalg.norm(x - y, axis=-1)               # noqa: E731
     ball = lambda x, k: [np.sort(gap(x[i], np.delete(x, i, 0)))[k - 1]       # noqa: E731
@@ -297,9 +284,8 @@ def test_precision_and_recall_are_brute_forces(n, m, cells, monkeypatch):
 
 def test_a_collapsed_set_loses_recall_and_a_noisy_one_precision():
     real, own = normal(500, 4), normal(500, 4, seed=1)
-    same = fid.precision_recall(real, own)
-    collapsed = fid.precision_recall(real, own * 0.2)
-    noisy = fid.precision_recall(real, own * 3)
+    same, collapsed, noisy = (fid.variety(measured(own * scale), measured(real))
+                              for scale in (1, 0.2, 3))
     assert same["precision"] > 0.8 and same["recall"] > 0.8
     assert same["density"] == pytest.approx(1, abs=0.15) and same["coverage"] > 0.9
     assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.2
@@ -333,20 +319,12 @@ def test_precision_and_recall_of_tight_clusters(std):
     assert got == pytest.approx(brute_force(real, generated)) and got["recall"] < 1
 
 
-def test_variety_knows_which_set_is_real():
-    collapsed = fid.variety(measured(normal(300, 4, seed=1) * 0.2), measured(normal(300, 4)))
-    assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.2
-
-
-@pytest.mark.parametrize("real, generated, k, reason", [
-    (normal(3, 4), normal(9, 4), 3, "less than the 3 real"),
-    (normal(9, 4), normal(5, 4), 3, "the 5 generated"),
-    (normal(9, 4), normal(9, 4), 0, "at least 1"), (normal(9, 4), normal(9, 4), 9, "k = 9"),
-    (normal(9, 4), normal(9, 5), 3, "4 and 5 features"),
-    (normal(9, 4), normal(9, 4) / 0, 3, "not finite")])
-def test_precision_and_recall_of_bad_input(real, generated, k, reason):
+@pytest.mark.parametrize("generated, k, reason", [
+    (normal(5, 4), 3, "the 5 generated"), (normal(9, 4), 9, "the 9 real"),
+    (normal(9, 5), 3, "4 and 5 features"), (normal(9, 4) / 0, 3, "not finite")])
+def test_precision_and_recall_of_bad_input(generated, k, reason):
     with pytest.raises(ValueError, match=reason):
-        fid.precision_recall(real, generated, k)
+        fid.precision_recall(normal(9, 4), generated, k)
 
 
 def test_variety_takes_equal_counts_whatever_the_order_of_the_larger_set():
@@ -380,15 +358,13 @@ def test_measured_survives_its_file(tmp_path):
     fid.save(a, tmp_path / "a.npz", most=20)
     b = fid.load(tmp_path / "a.npz")
     close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=0)
-    assert (b.n, b.score, b.features.dtype) == (30, (2.5, 0.25), torch.float32)
-    assert b.resize is None
+    assert (b.n, *b.score, b.features.dtype, b.resize) == (30, 2.5, 0.25, torch.float32, None)
     close(b.features, fid.shuffled(a.features)[:20].half().float(), rtol=0, atol=0)
     assert fid.bias(b, a) is None                           # 20 features of 30 images
-    assert fid.bias(fid.Measured(b.mu, b.sigma), a) == 0    # statistics alone
-    np.savez(tmp_path / "bank.npz", features=a.features.half())
-    bank = fid.load(tmp_path / "bank.npz")
-    assert bank.n == 30 and bank.score is None
-    close((bank.mu, bank.sigma), fid.stats(a.features.half()))
+    np.savez(tmp_path / "features.npz", features=a.features)
+    alone = fid.load(tmp_path / "features.npz")
+    assert alone.n == 30 and alone.score is None
+    close((alone.mu, alone.sigma), (a.mu, a.sigma), rtol=0, atol=0)
 
 
 def test_distortions_raise_fd_compact_step_by_step(compact):
@@ -409,10 +385,10 @@ def test_distortions_raise_fd_compact_step_by_step(compact):
 
 
 def test_shipped_classifier_and_statistics_fit(compact):
-    reference = fid.measure_source("cifar10", compact)
-    assert isinstance(compact, Classifier)
-    assert reference.n == 50_000 and reference.mu.shape == (Classifier.width,)
-    assert torch.linalg.eigvalsh(reference.sigma).min() > 0
+    for source, n in (("cifar10", 50_000), (fid.PRETRAINED / "compact_teacher_compact.npz", 5000)):
+        shipped = fid.measure_source(source, compact)
+        assert shipped.n == n and shipped.mu.shape == (Classifier.width,) and shipped.score[0] > 4
+        assert torch.linalg.eigvalsh(shipped.sigma).min() > 0
 
 
 def test_variance_of_a_set_that_varies_half_as_much():
@@ -421,11 +397,13 @@ def test_variance_of_a_set_that_varies_half_as_much():
     assert fid.compare(a, b)["variance"] == pytest.approx(0.25)
 
 
-# --------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------- command line
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """fid.py with these arguments, in this process -> status, stdout, stderr."""
+    """Run fid.py with these arguments, in this process, and return status, stdout, stderr."""
+    monkeypatch.setattr(fid, "tune_cpu", lambda: None)          # it would stay for other tests
+
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args)])
         with pytest.raises(SystemExit) as e:
@@ -436,150 +414,129 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, compact):
-    """The same images in every form that fid.py takes."""
-    root, images = tmp_path_factory.mktemp("sources"), textures(20).permute(0, 2, 3, 1).numpy()
-    (root / "folder").mkdir()
-    with zipfile.ZipFile(root / "images.zip", "w") as z:
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(root / f"folder/{i:04}.png")
-            z.write(root / f"folder/{i:04}.png", f"{i:04}.png")
-    subprocess.run(["tar", "cf", root / "images.tar", "-C", root, "folder"], check=True)
-    np.save(root / "images.npy", images)
+    """The same 20 images, as images, as features, and as statistics."""
+    root, images = tmp_path_factory.mktemp("sources"), textures(20)
     np.savez(root / "images.npz", images=images)
-    features = fid.extract(textures(20), compact)[0]
+    features = fid.extract(images, compact)[0]
     mu, sigma = fid.stats(features)
     np.savez(root / "stats.npz", mu=mu, sigma=sigma)
     np.savez(root / "features.npz", features=features)
     return root
 
 
-def test_cli_on_every_kind_of_source(sources, run):
-    for name in ("folder", "images.zip", "images.tar", "images.npy", "images.npz", "features.npz"):
-        code, out, err = run(sources / name, sources / "features.npz", "--json")
+def test_a_set_against_itself_is_at_zero_without_bias(sources, run):
+    for name in ("images", "features"):
+        code, out, err = run(sources / f"{name}.npz", sources / "images.npz", "--json",
+                             "--batch", 7)
         assert code == 0, err
         result = json.loads(out)
-        assert abs(result["value"]) < 1e-6 and result["distance"] == "FD-compact"
-        assert result["n"] == [20, 20] and result["variety"]["images"] == 20
+        assert result["value"] == result["bias"] == 0 and result["n"] == [20, 20]
         assert result["variety"]["precision"] == result["variety"]["recall"] == 1
-        assert (result["score_mean"] is None) == (name == "features.npz")
-    result = json.loads(run(sources / "stats.npz", sources / "folder", "--json")[1])
-    assert result["n"] == [None, 20] and result["variety"] is None
+        assert (result["is_mean"] is None) == (name == "features")
+    out = run(sources / "stats.npz", sources / "images.npz")[1]
+    assert out.startswith("FD-compact 0 to") and "bias" not in out and "need images" in out
 
 
-def test_cli_says_what_it_measured(sources, run, tmp_path):
-    code, out, _ = run(sources / "images.npz", "--save", tmp_path / "s.npz", "--splits", 2)
-    assert code == 0
-    for part in ("FD-compact", "IS-compact", "20 images against 50000", "resize clean",
-                 "too few to say"):
-        assert part in out
-    assert "FID" not in out
-    out = run(sources / "images.npz", tmp_path / "s.npz", "-n", 7)[1]
-    assert "7 images against 20" in out and "coverage" in out and "7 images each" in out
-    assert "need images" in run(sources / "images.npz", sources / "stats.npz")[1]
-    assert fid.load(tmp_path / "s.npz").n == 20
+def test_one_colour_gives_no_nan_in_json(sources, run, tmp_path):
+    np.save(tmp_path / "black.npy", np.zeros((9, 3, 32, 32), np.uint8))
+    for name in (tmp_path / "black.npy", sources / "images.npz"):
+        code, out, err = run(name, tmp_path / "black.npy", "--json")
+        assert code == 0 and "NaN" not in out and "Infinity" not in out, err
+        assert json.loads(out)["variance"] is None
 
 
-def test_cli_compares_no_sets_of_different_resize(sources, run, tmp_path):
-    saved = tmp_path / "a.npz"
-    args = sources / "images.npy", sources / "stats.npz", "--resize", "tf"
-    assert run(*args, "--save", saved)[0] == 0
-    assert run(saved, sources / "stats.npz", "--resize", "tf")[0] == 0
-    code, out, err = run(saved, sources / "stats.npz")
-    assert code == 2 and err.endswith("a.npz: measured with --resize tf\n"), err
+def test_it_says_against_what_of_how_many_images_and_how(sources, run, tmp_path):
+    code, out, err = run(sources / "images.npz", "--splits", 2)
+    assert code == 0 and "computing on cpu" in err
+    assert "to cifar10: 20 images against 50,000 images, resize clean" in out
+    assert "IS-compact" in out and "FID" not in out and "too few to say" in out
+    assert "images in each" not in out
+    assert "fewer than 10 images in each of 10 splits" in run(sources / "images.npz")[1]
+    saved = tmp_path / "s.npz"
+    run(sources / "features.npz", sources / "images.npz", "--save-reference", saved)
+    out = run(sources / "images.npz", saved, "-n", 7)[1]
+    assert f"to {saved}: 7 images against 20" in out and "7 images each" in out
+    result = json.loads(run(sources / "stats.npz", saved, "--json")[1])
+    assert (result["set"], result["reference"]) == (str(sources / "stats.npz"), str(saved))
+    assert result["is"] == "IS-compact" and result["n"] == [None, 20]
 
 
-def test_cli_of_a_split(tmp_path, run):
-    for split, seed in (("train", 0), ("test", 1)):
-        (tmp_path / "set" / split).mkdir(parents=True)
-        for i, image in enumerate(textures(5, seed).permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(image).save(tmp_path / "set" / split / f"{i}.png")
-    code, out, err = run(f"{tmp_path}/set", f"{tmp_path}/set:test", "--json")
-    assert code == 0, err
-    assert json.loads(out)["value"] > 0.01 and json.loads(out)["n"] == [5, 5]
+def test_statistics_of_another_or_an_unsaid_resize_are_refused(sources, run, tmp_path, monkeypatch):
+    images, saved, edm = sources / "images.npz", tmp_path / "a.npz", tmp_path / "edm.npz"
+    assert run(images, "--resize", "tf", "--save", saved)[0] == 0
+    assert run(saved, "--resize", "tf")[0] == 0
+    assert "a.npz was measured with --resize tf" in run(saved)[2]
+    np.savez(edm, mu=np.zeros(Inception.width), sigma=np.eye(Inception.width))
+    net = Inception()
+    monkeypatch.setattr(fid, "load_net", lambda features: net)
+    code, _, err = run(images, edm, "--features", "inception")
+    assert code == 2 and "EDM's statistics are of tf" in err and err.count("\n") == 1
+    assert fid.measure_source(edm, net, how="tf").n is None
 
 
-def test_cli_trains_the_classifier_without_touching_what_is_shipped(tmp_path, run, monkeypatch):
+def test_images_of_another_kind_than_cifar10s_are_said_to_be(sources, run, tmp_path):
+    assert "CIFAR-10 classifier's view" not in run(sources / "images.npz")[2]
+    np.save(tmp_path / "large.npy", textures(9, size=48))
+    assert "large.npy: FD-compact is a CIFAR-10 classifier's view" in run(tmp_path / "large.npy")[2]
+
+
+def test_both_sets_are_looked_at_before_either_is_measured(sources, run, monkeypatch):
+    monkeypatch.setattr(fid, "extract", None)               # whoever measures fails
+    for args in (("nowhere", sources / "images.npz"), (sources / "images.npz", "nowhere")):
+        code, _, err = run(*args)
+        assert code == 2 and "nowhere" in err, err
+
+
+def test_the_result_is_saved_before_it_is_printed(sources, tmp_path, monkeypatch):
+    def broken(*_):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "no such character")
+    monkeypatch.setattr(fid, "tune_cpu", lambda: None)
+    monkeypatch.setattr(fid, "in_words", broken)
+    with pytest.raises(UnicodeEncodeError):
+        fid.main([str(sources / "images.npz"), "--save", str(tmp_path / "a.npz")])
+    assert fid.load(tmp_path / "a.npz").n == 20
+
+
+def test_a_split_is_what_follows_a_set_and_a_colon(compact, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fid, "load_images", lambda *a: asked.append(a) or (textures(2), None))
+    for source in ("a/b", "a/b:test", "a:train", "c:\\photos"):
+        fid.measure_source(source, compact)
+    assert asked == [("a/b", "train"), ("a/b", "test"), ("a", "train"), ("c:\\photos", "train")]
+
+
+def test_training_the_classifier_does_not_touch_what_is_shipped(tmp_path, run, monkeypatch):
     images, labels = textures(140), torch.arange(140) % 10
     monkeypatch.setattr(fid, "load_images", lambda source, split: (images, labels))
     monkeypatch.chdir(tmp_path)
     code, out, err = run("train", "--epochs", 1)
-    assert code == 0, err
-    assert "of the training images right" in out            # which are all there are
-    made = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")}
-    assert made == {"runs/classifier/" + p.name for p in (features.CLASSIFIER, fid.REFERENCE)}
+    assert code == 0 and "of the test images right" in out, err
+    made = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("[!.]*.*")}
+    assert made == {"runs/classifier/" + p.name for p in (fid.CLASSIFIER, fid.REFERENCE)}
+    net = read_net("compact", tmp_path / "runs/classifier" / fid.CLASSIFIER.name)
     reference = fid.load(tmp_path / "runs/classifier" / fid.REFERENCE.name)
-    net = read_net("compact", tmp_path / "runs/classifier" / features.CLASSIFIER.name)
     close(reference.mu, fid.measure(images, net).mu)
-    monkeypatch.setattr(fid, "load_images", lambda source, split: (images, None))
-    code, _, err = run("train", "--data", "x")
-    assert code == 2 and "--data x" in err and "labels" in err
-
-
-def test_bad_sources_are_one_line_each(tmp_path, run):
-    good = textures(2).permute(0, 2, 3, 1).numpy()
-    (tmp_path / "broken").mkdir()
-    Image.fromarray(good[0]).save(tmp_path / "broken/a.png")
-    (tmp_path / "broken/b.png").write_bytes((tmp_path / "broken/a.png").read_bytes()[:100])
-    np.savez(tmp_path / "one.npz", images=good[:1])
-    for name, reason in {"broken": "b.png", "one.npz": "one.npz: 1 image", "nowhere": "nowhere",
-                         "": "empty", ":test": ":test"}.items():
-        code, out, err = run(tmp_path / name if name.strip(":test") else name)
-        assert code == 2 and reason in err and err.count("\n") == 1 and not out, (name, err)
 
 
 EYE = np.eye(128)
-BAD_STATISTICS = {
-    "64 features": {"mu": np.zeros(64), "sigma": np.eye(64)},
-    "'sigma': (64, 64)": {"mu": np.zeros(128), "sigma": np.eye(64)},
-    "mu is not finite": {"mu": np.full(128, np.nan), "sigma": EYE},
-    "sigma is not finite": {"mu": np.zeros(128), "sigma": np.full((128, 128), np.inf)},
-    "eigenvalue -1": {"mu": np.zeros(128), "sigma": EYE - 2 * EYE[:1].T * EYE[:1]},
-    "not symmetric": {"mu": np.zeros(128), "sigma": EYE + np.tri(128, k=-1)},
-    "Object arrays": {"mu": np.array([None] * 128), "sigma": EYE},
-    "mu is not finite, or of no": {"mu": np.array(["a"] * 128), "sigma": EYE},
-    "sigma is not finite, or of no": {"mu": np.zeros(128), "sigma": EYE * 1j},
-    "'mu': (128,)": {"mu": np.zeros(128)},
-    "'mu': ()": {"mu": np.zeros(()), "sigma": np.zeros(())},
-    "'features': (9,)": {"features": np.zeros(9)},
-    "'features': ()": {"features": np.zeros(())},
-    "'features': (9, 3)": {"features": np.zeros((9, 3)), "mu": np.zeros(128), "sigma": EYE},
-    "at least 2": {"features": np.zeros((1, 128))},
-    "whole number": {"mu": np.zeros(128), "sigma": EYE, "n": -3},
-    "'score': (3,)": {"mu": np.zeros(128), "sigma": EYE, "score": np.zeros(3)},
-    "'pil', not clean": {"mu": np.zeros(128), "sigma": EYE, "resize": "pil"},
-}
 
 
-@pytest.mark.parametrize("reason", BAD_STATISTICS)
-def test_bad_statistics_are_one_line_each(reason, tmp_path, run):
-    np.savez(tmp_path / "bad.npz", **BAD_STATISTICS[reason])
+@pytest.mark.parametrize("arrays, reason", [
+    ({"mu": np.zeros(64), "sigma": np.eye(64)}, "64 features"), ({"mu": np.zeros(128)}, "sigma"),
+    ({"mu": np.zeros(128), "sigma": EYE * np.nan}, "not finite"),
+    ({"mu": np.zeros(128), "sigma": EYE - 2 * EYE[:1].T * EYE[:1]}, "eigenvalue -1"),
+    ({"features": np.zeros((1, 128))}, "at least 2")])
+def test_bad_statistics_are_one_line_each(arrays, reason, tmp_path, run):
+    np.savez(tmp_path / "bad.npz", **arrays)
     code, out, err = run(tmp_path / "bad.npz")
     assert code == 2 and reason in err and "bad.npz" in err and err.count("\n") == 1, err
 
 
-def test_a_member_that_would_expand_beyond_a_gibibyte_is_not_read(tmp_path, monkeypatch):
-    """A header of 2^28 numbers and zeros to fill it would be slow to write: the directory of a
-    small archive is made to say so instead."""
-    np.savez(tmp_path / "bomb.npz", mu=np.zeros(128), sigma=EYE)
-    raw = (tmp_path / "bomb.npz").read_bytes()
-    at = raw.index(b"PK\x01\x02") + 24                          # its first member's full size
-    (tmp_path / "bomb.npz").write_bytes(raw[:at] + (2 ** 30 + 1).to_bytes(4, "little")
-                                        + raw[at + 4:])
-    monkeypatch.setattr(np.lib.format, "read_array", None)      # whoever reads fails otherwise
-    with pytest.raises(ValueError, match="bomb.npz.*1 GiB"):
-        fid.load(tmp_path / "bomb.npz")
-
-
 @pytest.mark.parametrize("args, reason", [
-    (["--features", "resnet"], "--features"), (["--resize", "pil"], "--resize"),
-    (["--batch", "0"], "--batch"), (["--splits", "0"], "--splits"), (["-n", "1.5"], "-n"),
-    (["--device", "abacus"], "abacus"), (["--save", "a.txt"], ".npz"), (["-n", "5"], "-n takes")])
-def test_bad_options_are_one_line_each(args, reason, sources, run):
-    code, _, err = run(sources / "stats.npz", *args)
+    ("images.npz -n 1", "images.npz: 1 image"), ("stats.npz -n 5", "-n takes"),
+    ("stats.npz --save a.txt", "a.txt: statistics are saved as .npz")])
+def test_what_can_not_be_measured_or_saved_is_one_line_each(args, reason, sources, run,
+                                                            monkeypatch):
+    monkeypatch.chdir(sources)
+    code, _, err = run(*args.split())
     assert code == 2 and reason in err and err.count("\n") == 1, err
-
-
-def test_help_tells_the_defaults(run):
-    code, out, _ = run("--help")
-    assert code == 0 and "(compact)" in out and "(clean)" in out and "(cifar10)" in out
-    assert "(runs/classifier)" in run("train", "--help")[1]
