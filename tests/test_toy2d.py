@@ -1,11 +1,10 @@
-"""toy2d.py: one update by hand, every option, every bad input."""
+"""Compare the updates of toy2d.py with their formulas, sample by sample, and run every option."""
 import copy
 import json
 import math
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import toy2d
-from bregman import NAMES, batch_weights, split
+from bregman import NAMES, batch_weights, factorise
 from plane import log_q, mode_statistics
 from toy2d import Config, Distiller, compare_ratios, distil
 
@@ -25,7 +24,7 @@ ROWS = [n for n in NAMES if n != "sba"]
 
 @pytest.fixture(autouse=True)
 def threads():
-    """toy2d.main takes one: the next test gets back its own."""
+    """Give the next test its own threads and denormals back, which toy2d.main changes."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -34,33 +33,31 @@ def threads():
 
 @pytest.fixture
 def coarse(monkeypatch):
-    """Measure with 16 x 16 cells: what they give for 128 x 128 is in test_plane.py."""
+    """Measure with 16 x 16 cells in place of 128 x 128, which test_plane.py tests."""
     monkeypatch.setattr(toy2d, "log_q", lambda G, x_t, sigma, cells=128, splits=2: log_q(
         G, x_t, sigma, max(2, cells // 8), 0))
 
 
 def trained(**options):
-    """A Distiller after all its steps, and what each logged."""
+    """Return a Distiller after all its steps, and what each of them logged."""
     d = Distiller(Config(**TINY | options))
     return d, [d.step() or dict(d.logged) for _ in range(d.cfg.steps)]
 
 
 def prepared(**options):
-    """A Distiller whose fake network is no longer at its start, and a batch."""
+    """Return a Distiller whose fake network is no longer at its start, and a batch."""
     d = Distiller(Config(**TINY | options))
     g = torch.Generator().manual_seed(5)
     for p in d.fake.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=g)
     return d, SimpleNamespace(
         z=torch.randn(32, 2, generator=g), sigma=torch.linspace(0.1, 1.5, 32)[:, None],
-        noise=torch.randn(32, 2, generator=g), before=torch.empty(0, 32, 2),
-        last=torch.zeros(32, 1))
+        noise=torch.randn(32, 2, generator=g))
 
 
 def scores(d, x_t, sigma):
-    """s_phi, s_psi and log r, each from its definition."""
-    F_x, logit = d.fake.outputs(x_t, sigma)
-    D_fake = d.teacher(x_t, sigma) + d.fake.c_out(sigma) * F_x
+    """Return s_phi, s_psi and log r, each from its definition."""
+    D_fake, logit = d.fake(x_t, sigma)
     return d.teacher.score(x_t, sigma), (D_fake - x_t) / sigma ** 2, -logit
 
 
@@ -69,8 +66,8 @@ def noised(d, b):
 
 
 def field(d, b):
-    """One step with the batch b -> the gradient that reached x = G(z), (32, 2). step() takes the
-    mean over the 64 numbers of x; here it is a sum."""
+    """Take one step with the batch b. Return the gradient that reached x = G(z), (32, 2), of a sum
+    over the 64 numbers of x, where step() takes a mean."""
     seen = []
 
     def look(module, args, x):
@@ -78,7 +75,7 @@ def field(d, b):
         seen.append(x)
 
     b.real, b.sigma_f, b.noise_f = b.z, b.sigma, b.noise
-    d.draw = lambda: b
+    d.sample_batch = lambda: b
     d.G.register_forward_hook(look)
     d.step()
     return 64 * seen[0].grad
@@ -91,13 +88,13 @@ def test_copy_weights_starts_the_student_at_the_teachers_denoiser():
     z, sigma = d.normal(2000), torch.full((2000, 1), d.cfg.sigma_init)
     expected = d.teacher(sigma * z, sigma)
     assert (d.G(z) - expected).square().mean() < 2e-3 * expected.square().mean()
-    close(d.fake(z, sigma), d.teacher(z, sigma))            # and the fake score at the teacher's
+    close(d.fake(z, sigma)[0], d.teacher(z, sigma))         # and the fake score at the teacher's
 
 
 @pytest.mark.parametrize("h, lam", [(n, 5.0) for n in ROWS] + [("sba", 5.0), ("sba", -2.0)])
 def test_update_is_eq_4(h, lam):
-    """The gradient that step() gives theta, against -E[h''(r) r (s_phi - s_psi) w dG/dtheta]
-    summed sample by sample from Jacobians."""
+    """Compare the gradient in theta with -E[w(t) h''(r) r (s_phi - s_psi) dG/dtheta], summed sample
+    by sample from Jacobians."""
     d, b = prepared(h=h, lam=lam, clip=2.0)
     with torch.no_grad():
         s_phi, s_psi, log_r = scores(d, noised(d, b), b.sigma)
@@ -123,31 +120,31 @@ def test_reward_update_is_the_corrected_eq_35():
         s_phi, s_psi, log_r = scores(d, x_t, b.sigma)
     x = x_t.clone().requires_grad_()
     log_star = d.target.log_p(x, b.sigma) - d.teacher.log_p(x, b.sigma)
-    slope, = torch.autograd.grad(log_star.sum(), x)
+    grad, = torch.autograd.grad(log_star.sum(), x)
     lam = 50 * batch_weights(50 * log_r, 0.9)[2]        # h''(r) r = r^lam, tempered
     assert 0 < lam < 50
     w, w_star = (lam * log_r).exp(), (lam * log_star.detach().clamp(-5, 5)[:, None]).exp()
-    expected = -(w * (s_phi - s_psi) + w_star * slope) / w.mean()
+    expected = -(w * (s_phi - s_psi) + w_star * grad) / w.mean()
     close(field(d, b), b.sigma * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_free_update_is_the_corrected_eq_37_and_ignores_the_scores():
     d, b = prepared(teacher_free=True, h="be")
     x = noised(d, b).requires_grad_()
-    r = (-d.fake.encode(x, b.sigma)).exp()
-    slope, = torch.autograd.grad(r.sum(), x)
+    r = (-d.fake(x, b.sigma)[1]).exp()
+    grad, = torch.autograd.grad(r.sum(), x)
     second = 1 / r.detach() ** 2                                        # h'' of h = -log r
     w = second * r.detach()
     assert r.log().abs().max() < 5                                      # nothing is clipped
-    close(field(d, b), b.sigma * second * slope / w.mean(), rtol=1e-3, atol=1e-5)
+    close(field(d, b), b.sigma * second * grad / w.mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_gan_term_is_the_gradient_of_minus_log_D():
     (d, b), (plain, _) = prepared(gan=0.7), prepared()
     x_t = noised(d, b).requires_grad_()
-    loss = -torch.sigmoid(d.fake.encode(x_t, b.sigma)).log().sum()
-    slope, = torch.autograd.grad(loss, x_t)
-    close(field(d, b) - field(plain, b), 0.7 * slope, rtol=1e-4, atol=1e-5)
+    loss = -torch.sigmoid(d.fake(x_t, b.sigma)[1]).log().sum()
+    grad, = torch.autograd.grad(loss, x_t)
+    close(field(d, b) - field(plain, b), 0.7 * grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["level", "sample"])
@@ -157,11 +154,11 @@ def test_parts_of_the_weight(part):
     log_mean, g = torch.zeros(16), torch.Generator().manual_seed(0)
     for step in range(4):
         log_r = torch.linspace(1, -1, 32)[:, None] + 0.3 * torch.randn(32, 1, generator=g)
-        w = d.weigh(log_r)
-        parts = dict(zip(("level", "sample"), split(2 * log_r[:, 0], log_mean, 1 / (1 + step))))
+        w = d.weights(log_r)
+        parts = dict(zip(("level", "sample"), factorise(2 * log_r[:, 0], log_mean, 1 / (1 + step))))
         close(w, batch_weights(parts[part])[0][:, None])
         close(w.mean(), torch.tensor(1.0))
-        d.moves += 1
+        d.updates += 1
     by_level = w.view(16, 2)                                # noise levels rise in the batch
     if part == "level":                                     # weight goes where log r is larger
         assert (by_level[:, 0] == by_level[:, 1]).all() and w[:8].mean() > 5 * w[-8:].mean()
@@ -169,66 +166,69 @@ def test_parts_of_the_weight(part):
         assert 0.5 < w[:16].mean() / w[16:].mean() < 2
 
 
-def test_mean_head_is_the_mean_of_what_the_scores_are_read_from():
-    fake = Distiller(Config(**TINY, head="mean")).fake
-    x, sigma = torch.linspace(-1, 1, 10).view(5, 2), torch.full((5, 1), 0.4)
-    seen = []
-    fake.decoder[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    close(fake.encode(x, sigma), seen[0].mean(1, keepdim=True))
-
-
 def test_fake_loss_is_edms_and_eq_5():
-    """Denoising with EDM's weight in units of c_out, and two cross entropies, sample by sample."""
+    """Add up EDM's weighted denoising loss and two cross entropies, sample by sample."""
     d, b = prepared()
     b.sigma_f, b.noise_f, b.real = b.sigma, b.noise, 0.5 * b.z.flip(0)
     x, total = d.G(b.z).detach(), 0
     for i in range(32):
         s, one = b.sigma[i:i + 1], slice(i, i + 1)
-        D_x, logit = d.fake(x[one] + s * b.noise[one], s, return_logits=True)
-        real = d.fake.encode(b.real[one] + s * b.noise[one], s)
+        D_x, logit = d.fake(x[one] + s * b.noise[one], s)
+        _, real = d.fake(b.real[one] + s * b.noise[one], s)
         weight = (s ** 2 + 0.7 ** 2) / (s * 0.7) ** 2                               # EDM Table 1
         total += (weight * (D_x - x[one]) ** 2).mean() / 32
         total -= ((1 - logit.sigmoid()).log() + real.sigmoid().log()).squeeze() / 32
     close(d.fake_loss(x, b), total, rtol=1e-4, atol=0)
 
 
-def test_classifier_learns_at_its_noise_levels_alone():
-    d = Distiller(Config(**TINY))
-    d.cfg.class_min, d.cfg.class_max = 100.0, 200.0
-    before = d.fake.decoder[1].weight[2].clone()
+def test_two_fake_updates_by_hand():
+    """Line 22 twice: on the step's batch, of G as it was, and on a fresh one, of G as it is now."""
+    d, _ = prepared(fake_updates=2)
+    other = copy.deepcopy(d)
+    d.opt_f = torch.optim.SGD(d.fake.parameters(), 3e-3)    # Adam would enlarge rounding errors
     d.step()
-    assert d.logged["loss_class"] == 0 and torch.equal(d.fake.decoder[1].weight[2], before)
-    d = Distiller(Config(**TINY))
-    d.step()
-    assert abs(d.logged["loss_class"] - 2 * math.log(2)) < 0.01
-    assert not torch.equal(d.fake.decoder[1].weight[2], before)
+    first = other.sample_batch()
+    x = [other.G(first.z).detach()]
+    other.G, other.updates = d.G, d.updates                 # step() has moved G, once
+    second = other.sample_batch()
+    x.append(other.G(second.z).detach())
+    opt = torch.optim.SGD(other.fake.parameters(), 3e-3)
+    for x, b in zip(x, (first, second)):
+        noise = b.sigma_f * b.noise_f
+        (D_x, logit), (_, real) = (other.fake(y + noise, b.sigma_f) for y in (x, b.real))
+        weight = (b.sigma_f ** 2 + 0.7 ** 2) / (b.sigma_f * 0.7) ** 2               # EDM Table 1
+        score = (weight * (D_x - x) ** 2).mean()
+        loss = score - (1 - logit.sigmoid()).log().mean() - real.sigmoid().log().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    for p, expected in zip(d.fake.parameters(), other.fake.parameters()):
+        close(p, expected, rtol=1e-5, atol=1e-6)
+    close(d.logged["loss_score"], score.detach())           # logged are the last update's losses
+    assert d.updates == 1 and torch.equal(d.generator.get_state(), other.generator.get_state())
 
 
 def test_exact_ratio_trains_no_classifier(coarse):
     d, result, _, frames = distil(Config(**TINY, ratio="exact"), bar=False)
-    assert result["log_r_error"] is None and result["log_r_by_sigma"] == {}
-    assert len(result["ruler_by_sigma"]) == 8
-    assert (d.fake.decoder[1].weight[2] == 0).all() and d.fake.decoder[1].bias[2] == 0
-    assert (d.fake.decoder[1].weight[:2] != 0).any()           # the scores are trained
+    assert result["log_r_error"] is None and result["log_r_error_by_sigma"] == {}
+    assert len(result["discretisation_error_by_sigma"]) == 8
+    assert (d.fake.net[-1].weight[2] == 0).all() and d.fake.net[-1].bias[2] == 0
+    assert (d.fake.net[-1].weight[:2] != 0).any()           # the scores are trained
     assert np.abs(frames["log_r"]).max() > 0.1              # and what is recorded is the truth
-    d, result, *_ = distil(Config(**TINY, ratio="exact", gan=0.1), bar=False)
-    assert (d.fake.decoder[1].weight[2] != 0).any()            # but for the adversarial loss
-    errors = list(result["log_r_by_sigma"].values())
-    assert len(errors) == 8 and result["log_r_error"] == np.median(errors) > 0
 
 
 def test_exact_ratio_is_the_truth_in_training():
-    d, b = prepared(ratio="exact", cells=64)
+    d, b = prepared(ratio="exact")
     x_t = noised(d, b)
-    log_r = d.compare(x_t, b)[2]
-    close(log_r, d.log_r(d.G, x_t, b.sigma, 64, splits=0))
-    assert (log_r - d.log_r(d.G, x_t, b.sigma, 128)).abs().max() < 0.05
+    _, log_r = d.scores_and_ratio(x_t, b)
+    close(log_r, d.exact_log_r(d.G, x_t, b.sigma, 32, splits=0))
+    assert (log_r - d.exact_log_r(d.G, x_t, b.sigma, 128)).abs().max() < 0.1
 
 
 # -------------------------------------------------------------------------------- what is measured
 
-def test_classifier_is_judged_on_the_student_that_it_follows():
-    """Not on the averaged one, which lies elsewhere."""
+def test_classifier_is_judged_on_the_student_that_it_learns_from():
+    """That is not the averaged one, which lies elsewhere."""
     d, _ = prepared()
     for p in d.ema:
         p.add_(1.0)
@@ -236,7 +236,7 @@ def test_classifier_is_judged_on_the_student_that_it_follows():
     with torch.no_grad():
         x_t = d.G(d.normal(50)) + sigma * d.normal(50)
         exact, half = (log_q(d.G, x_t, sigma, cells) for cells in (128, 64))
-        learned = -d.fake(x_t, sigma, return_logits=True)[1][:, 0]
+        learned = -d.fake(x_t, sigma)[1][:, 0]
     d.generator.set_state(state)
     for got, expected in zip(compare_ratios(d, 0.02, 50),
                              (exact - d.teacher.log_p(x_t, sigma), learned, exact - half)):
@@ -246,7 +246,7 @@ def test_classifier_is_judged_on_the_student_that_it_follows():
 
 
 def test_measured_divergences_of_a_student_that_is_known(monkeypatch):
-    """G(z) = A z + b without an average: both divergences by quadrature on a grid."""
+    """Take G(z) = A z + b, without an average: both divergences by quadrature on a grid."""
     monkeypatch.setattr(toy2d, "log_q", lambda G, x_t, sigma, cells=64, splits=0: log_q(
         G, x_t, sigma, 64, splits))
     d = Distiller(Config(**TINY))
@@ -283,7 +283,7 @@ def test_frames_end_at_the_last_step(coarse):
 
 
 def test_it_learns():
-    """In 300 small steps the student moves from the denoiser's blur towards the modes."""
+    """In 300 small steps the student moves from the denoiser's blur to the modes."""
     d = Distiller(Config(steps=300, batch=128, width=48))
     before = mode_statistics(d.samples(2000), d.target)["on_mode"]
     for _ in range(300):
@@ -294,50 +294,13 @@ def test_it_learns():
 
 def test_a_loss_that_is_not_finite_is_named():
     d = Distiller(Config(**TINY))
-    d.fake.decoder[1].bias.data[0] = math.nan
+    d.fake.net[-1].bias.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="step 1: score_gap is nan at sigma = 0."):
         d.step()
     d = Distiller(Config(**TINY))
-    d.fake.decoder[1].bias.data[2] = math.inf
+    d.fake.net[-1].bias.data[2] = math.inf
     with pytest.raises(FloatingPointError, match="step 1: log_r is inf at sigma = "):
         d.step()
-
-
-def test_with_more_evaluations_the_last_one_learns_and_they_take_turns():
-    """--nfe 3: each starts as the teacher's denoiser at its level. Then by hand, sample by sample:
-    the gradient goes through a sample's last evaluation alone, and the fake network is told which
-    one it was."""
-    d = Distiller(Config(nfe=3, batch=32, init_steps=900))
-    assert d.g_sigmas == pytest.approx([1.4, 1.4 * 4 / 9, 1.4 / 9])
-
-    def sees(x_t, sigma):
-        """What G does: unit size, and the noise level."""
-        return torch.cat([x_t / (sigma ** 2 + 0.49) ** 0.5, torch.full((len(x_t), 1), sigma)], 1)
-
-    for k, sigma in enumerate(d.g_sigmas):
-        x = d.teacher.sample(2000, d.generator) if k else torch.zeros(2000, 2)
-        x_t = x + sigma * d.normal(2000)
-        expected = d.teacher(x_t, torch.full((2000, 1), sigma))
-        assert (d.G(sees(x_t, sigma)) - expected).square().mean() < 0.02 * expected.square().mean()
-    for p in d.fake.parameters():
-        p.data += 0.3 * torch.randn(p.shape, generator=d.generator)
-    G, fake, state = copy.deepcopy(d.G), copy.deepcopy(d.fake), d.generator.get_state()
-    b = d.draw()
-    d.generator.set_state(state)
-    d.step()
-    assert b.before.shape == (2, 32, 2) and b.last.flatten().tolist() == [i % 3 for i in range(32)]
-    total = 0
-    for i, last in enumerate(b.last.flatten().tolist()):
-        x, some = torch.zeros(1, 2), slice(i, i + 1)
-        for sigma, z in zip(d.g_sigmas[:last + 1], [*b.before[:, some], b.z[some]]):
-            x = G(sees(x.detach() + sigma * z, sigma))
-        x_t, sigma = x + b.sigma[some] * b.noise[some], b.sigma[some]
-        gap = (fake(x_t, sigma, b.last[some]) - d.teacher(x_t, sigma)) / sigma      # KL: w is 1
-        total = total + (x * gap.detach()).sum() / 64
-        other = fake(x_t, sigma, (b.last[some] + 1) % 3)
-        assert (other != fake(x_t, sigma, b.last[some])).all()
-    for p, expected in zip(d.G.parameters(), torch.autograd.grad(total, list(G.parameters()))):
-        close(p.grad, expected, rtol=1e-3, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -349,12 +312,10 @@ def plain():
 
 OPTIONS = [
     dict(h="sba", lam=10), dict(ratio="exact"), dict(gan=0.5), dict(teacher_free=True),
-    dict(reward="linear"), dict(norm="two-stage"),
-    dict(part="level"), dict(part="sample"), dict(clip=0.0), dict(target="grid25"),
-    dict(target="uneven8"), dict(anneal=0.0), dict(head="mean"), dict(class_min=0.3),
-    dict(class_max=0.3), dict(lr_g=2e-3), dict(lr_f=1e-3), dict(ema=0.2), dict(sigma_init=1.0),
-    dict(sigma_min=0.1), dict(sigma_max=1.0), dict(init_steps=6), dict(batch=33), dict(seed=1),
-    dict(nfe=2)]
+    dict(reward="linear"), dict(norm="two-stage"), dict(part="level"), dict(part="sample"),
+    dict(clip=0.0), dict(target="grid25"), dict(anneal=0.0), dict(lr_g=2e-3), dict(lr_f=1e-3),
+    dict(fake_updates=2), dict(ema=0.2), dict(sigma_init=1.0), dict(sigma_min=0.1),
+    dict(sigma_max=1.0), dict(init_steps=6), dict(batch=33), dict(seed=1)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -365,24 +326,19 @@ def test_every_option_runs_and_changes_the_student(options, plain):
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(d.ema, plain))
 
 
-def test_cells_change_the_exact_ratio():
-    (a, _), (b, _) = (trained(ratio="exact", h="ls", cells=cells) for cells in (8, 4))
-    assert any((p != q).any() for p, q in zip(a.ema, b.ema))
-
-
-def test_ess_holds_the_effective_sample_size():
+def test_ess_keeps_the_effective_sample_size():
     """A new classifier's log r is small, so it takes a large lambda to spread the weights."""
-    free, held = (trained(h="sba", lam=50, ess=least)[1] for least in (0.0, 0.999))
+    free, tempered = (trained(h="sba", lam=50, ess=least)[1] for least in (0.0, 0.999))
     assert min(step["ess"] for step in free) < 0.998
-    assert min(step["ess"] for step in held) >= 0.9989
+    assert min(step["ess"] for step in tempered) >= 0.9989
 
 
 @pytest.mark.parametrize("options", [{}, dict(sigma_max=0.1), dict(sigma_min=0.6), dict(anneal=0)])
 def test_noise_levels_rise_within_their_range(options):
     d = Distiller(Config(**TINY | options))
     lowest = []
-    for d.moves in (0, 1, d.cfg.steps):
-        sigma = d.sigmas(32)[:, 0]
+    for d.updates in (0, 1, d.cfg.steps):
+        sigma = d.noise_levels(32)[:, 0]
         assert (sigma.diff() >= 0).all()
         assert d.cfg.sigma_min * 0.999 < sigma[0] and sigma[-1] < d.cfg.sigma_max * 1.001
         lowest.append(sigma[0].item())
@@ -393,12 +349,12 @@ def test_noise_levels_rise_within_their_range(options):
 # ------------------------------------------------------------------------------------ command line
 
 @pytest.mark.parametrize("args, name", [(["--h", "SBA", "--lam", "5"], "toy2d_sba_5"),
-                                        (["--ratio", "exact", "--cells", "8"], "toy2d_kl")])
+                                        (["--ratio", "exact"], "toy2d_kl")])
 def test_command_line(tmp_path, monkeypatch, capsys, coarse, args, name):
     monkeypatch.chdir(tmp_path)
     toy2d.main([*args, *TINY_OPTIONS])
     folder = tmp_path / "runs" / name
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
         "frames.npz", "picture.png", "result.json", "samples.npy"]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
     result = json.loads((folder / "result.json").read_text())
@@ -412,47 +368,35 @@ def test_command_line(tmp_path, monkeypatch, capsys, coarse, args, name):
     assert last.startswith(f"{result['modes_covered']} of 8 modes, TV {result['mode_tv']:.3f}")
 
 
-def test_help_tells_every_option_its_text_and_default(capsys):
+def test_help_lists_choices_and_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         toy2d.main(["--help"])
-    out = " ".join(capsys.readouterr().out.partition("options:")[2].split())
-    entries = dict(e.partition(" ")[::2] for e in (" " + out).split(" --") if " " in e)
-    for f in fields(Config):
-        flag = f.name.replace("_", "-")
-        entry = entries[flag.removeprefix("no-") if f.type is not bool else f"no-{flag}"]
-        said = entry.removeprefix(f.name.upper()).strip()
-        assert len(said.split()) >= 3, f"--{flag}: {said!r}"
-        assert f.default == "" or said.endswith(f"({f.default})"), f"--{flag}: {said!r}"
-    assert "runs/toy2d_H" in entries["out"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"--h {{{','.join(NAMES)}}} the row of Table 1 (kl)" in said
+    assert "--part {both,level,sample} both: the whole weight; level: its mean" in said
+    assert "--fake-updates FAKE_UPDATES updates of fake score" in said and "runs/toy2d_H" in said
 
 
 @pytest.mark.parametrize("args, message", [
     ("--h kll", "--h.*kll"), ("--lam nan", "--lam"), ("--h sba --lam 1e9", "lam .* -50 to 50"),
-    ("--lam 10", "say --h sba"), ("--norm two-stage --batch 19", "--norm two-stage .*--batch"),
-    ("--steps -1", "--steps"), ("--device cuda:9", "--device.*cuda:9"), ("--out file/x", "file"),
-    ("--out file", "file"), ("--target ring9", "--target.*ring8 grid25 uneven8"),
-    ("--norm x", "--norm.*two-stage"), ("--batch many", "--batch.*many"), ("--clip -1", "--clip"),
-    ("--sigma-min 3", "--sigma-min"), ("--ess 2", "--ess"), ("--head x", "--head.*linear mean"),
-    ("--ema 1", "--ema"), ("--part level --batch 15", "--part level .*--batch"),
-    ("--class-min 1 --class-max 1", "overlap"), ("--class-min 5", "overlap"),
-    ("--class-max 0.01", "overlap"), ("--reward linear --part level", "--reward"),
-    ("--reward cubic", "--reward.*linear"), ("--cells 1", "--cells .* not 1"),
-    ("--nfe 17", "--nfe.* 16"), ("--nfe 2 --ratio exact", "--nfe.* exact"),
-    ("--cells 1025", "--cells .* not 1025"), ("--bach 3", "--bach"),
-    ("--part level --norm two-stage", "--part level .*norm")])
-def test_bad_input(tmp_path, monkeypatch, capsys, args, message):
+    ("--lam 10", "add --h sba"), ("--norm two-stage --batch 19", "--norm two-stage .*--batch"),
+    ("--steps -1", "--steps"), ("--out file/x", "file"), ("--part level --reward linear", "choose"),
+    ("--target ring9", "--target.*ring9"), ("--sigma-min 3", "--sigma-min"), ("--ess 2", "--ess"),
+    ("--part level --batch 15", "--part .*--batch"), ("--part level --norm two-stage", "choose"),
+    ("--fake-updates 0", "--fake-updates.* from 1 to 100, not '0'"), ("--bach 3", "--bach"),
+    ("--fake-updates 101", "--fake-updates"), ("--ratio exact --gan 1", "--gan.*--ratio")])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises((SystemExit, ValueError, OSError)) as e:
         toy2d.main([*TINY_OPTIONS, *args.split()])
-    said = capsys.readouterr().err if e.type is SystemExit else f"toy2d.py: {e.value}\n"
-    said = said.replace("\r", "\n").strip().splitlines()[-1]        # beside tqdm's bar
-    assert said.startswith("toy2d.py: ") and re.search(message, said), said
-    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.png"))
+    said = capsys.readouterr().err if e.type is SystemExit else f"toy2d.py: {e.value}"
+    assert re.fullmatch(f"toy2d.py: .*{message}.*", said.strip()), said
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_bad_input_is_one_line_and_status_2(tmp_path):
+def test_bad_input_ends_with_status_2(tmp_path):
     done = subprocess.run([sys.executable, toy2d.__file__, "--sigma-min", "3"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert done.stderr == "toy2d.py: need --sigma-min below --sigma-max, and --ema below 1\n"
+    assert done.stderr == "toy2d.py: --sigma-min must be below --sigma-max\n"
