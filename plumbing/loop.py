@@ -71,7 +71,8 @@ def atomic(path):
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from e      # names the file
         raise
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # it would hide the first error
+            tmp.unlink(missing_ok=True)
 
 
 def save(obj, path):
@@ -87,7 +88,7 @@ def load(path):
     names the file, for anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as e:                      # torch raises many kinds for a broken file
         raise ValueError(f"{path}: broken, or it holds more than tensors and plain values") from e
@@ -247,8 +248,9 @@ def take_up(trainer, state, path, networks, optimizers):
             trainer.generator.set_state(state["generator"])
         else:
             trainer.generator.manual_seed(trainer.cfg.seed + trainer.seen)
-            print("the noise goes on anew, from the seed: the run was on another kind of device",
-                  file=sys.stderr)
+            if rank() == 0:
+                print("the noise goes on anew, from the seed: the run was on another kind of "
+                      "device", file=sys.stderr)
     except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: not a checkpoint of such a run: {reason[:200]}") from e
@@ -275,8 +277,8 @@ def train(trainer, cfg, out, evaluate, every, state):
     def save_all():
         save(trainer.state() | {"rows": rows, "seconds": seconds()}, out / "checkpoint.pt")
 
-    def add_row():
-        row = {name: float(value) for name, value in evaluate(rows).items()}
+    def add_row(values):
+        row = {name: float(value) for name, value in values.items()}
         rows.append({"kimg": trainer.seen / 1e3, "seconds": seconds()} | row)
         trainer.sums = {}
         names = list(dict.fromkeys(k for row in rows for k in row))
@@ -292,8 +294,9 @@ def train(trainer, cfg, out, evaluate, every, state):
             if main and due(every) and not done and not stop.number:
                 with contextlib.suppress(Stop.Now):
                     stop.at_once = True
-                    add_row()
-                stop.at_once = False
+                    values = evaluate(rows)
+                    stop.at_once = False
+                    add_row(values)
             if trainer.seen >= end or stop.agreed(cfg.device):
                 break
             trainer.step()

@@ -1,0 +1,135 @@
+"""plumbing/cli.py: options from a dataclass, and errors in one line."""
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from plumbing.cli import (count, nonnegative, parser, positive, real, run_main, share, torch_device,
+                          whole)
+
+TOP = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Config:
+    """A docstring: with a colon."""
+    batch: count = 32           # images a step
+    kind: Literal["one", "two"] = "one"     # one: a thing; two: 50 % of
+                                # another
+    lr: positive = 1e-3         # the rate
+    flip: bool = False          # as a mirror does
+    out: str = ""               # the folder
+
+    def __post_init__(self):
+        local: int = 3          # no option's help
+        assert local
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (count, {"1": 1, "2147483647": 2 ** 31 - 1}, ("0", "-1", "2.5", "1e3", "2147483648")),
+    (whole, {"0": 0, "7": 7}, ("-1", "0.5", "inf")),
+    (real, {"-3.5": -3.5, "1e300": 1e300}, ("nan", "inf", "-inf", "1e999", "five")),
+    (positive, {"1e-12": 1e-12, "1e12": 1e12}, ("0", "-1", "nan", "inf")),
+    (nonnegative, {"0": 0.0, "1e12": 1e12}, ("-1e-9", "nan", "inf")),
+    (share, {"0": 0.0, "1": 1.0, "0.25": 0.25}, ("-0.01", "1.01", "nan")),
+    (torch_device, {"cpu": "cpu"}, ("cuda:99", "gpu", "", "meta"))])
+def test_types_take_what_is_in_range_and_name_the_option(kind, good, bad, capsys):
+    p = parser("x.py", "")
+    p.add_argument("--the-value", type=kind)
+    for given, expected in good.items():
+        got = p.parse_args([f"--the-value={given}"]).the_value
+        assert got == expected and type(got) is type(expected)
+    for given in bad:
+        with pytest.raises(SystemExit, match="2"):
+            p.parse_args([f"--the-value={given}"])
+        said = capsys.readouterr().err
+        assert said.startswith("x.py: argument --the-value: ") and said.count("\n") == 1
+
+
+def test_fields_are_options_whose_comments_are_their_help(capsys):
+    p = parser("x.py", "It does a thing.", Config)
+    given = vars(p.parse_args("--kind TWO --batch 5 --flip".split()))
+    assert given == dict(batch=5, kind="two", flip=True)        # what was not given is not there
+    assert vars(p.parse_args(["--no-flip"])) == dict(flip=False)
+    with pytest.raises(SystemExit, match="0"):
+        p.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for line in ("It does a thing.", "--batch BATCH images a step (32)", "--lr LR the rate (0.001)",
+                 "--kind {one,two} one: a thing; two: 50 % of another (one)",
+                 "--no-flip as a mirror does (False)"):
+        assert line in said, line
+    assert said.endswith("--out OUT the folder") and "no option's" not in said
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--batch 0", "argument --batch: must be a whole number, at least 1, not '0'"),
+    ("--kind three", "argument --kind: invalid choice: 'three' (choose from"),
+    ("--bat 3", "unrecognized arguments: --bat 3"), ("--batch", "--batch: expected one argument")])
+def test_an_unusable_option_is_one_line_and_status_2(args, message, capsys, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            parser("x.py", "", Config).parse_args(args.split())
+        said = capsys.readouterr().err
+        if rank == "1":                                 # of several processes only the first says
+            assert said == ""
+        else:
+            assert said.startswith("x.py: ") and message in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Return what run_main prints on standard error and its status, for a main that raises."""
+    def call(error, **environment):
+        def main(argv):
+            assert argv == ["--a", "b"]
+            if error is not None:
+                raise error
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["folder/script.py", "--a", "b"])
+        with pytest.raises(SystemExit) as e:
+            run_main(main)
+        return capsys.readouterr().err, e.value.code
+    return call
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("--lam is\n  nothing"), "--lam is nothing"),
+    (FileNotFoundError(2, "No such file", "a.pt"), "No such file: a.pt"),
+    (FloatingPointError("step 3: nan"), "step 3: nan"), (MemoryError(), "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+     "not enough memory, try a smaller --batch: CUDA out of memory. Tried"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmuch"),
+     "not enough memory, try a smaller --batch: DefaultCPUAllocator: can't allocate memory: "
+     "you tried")], ids=repr)
+def test_what_a_user_can_cause_is_one_line_and_status_2(script, error, line):
+    assert script(error) == (f"script.py: {line}\n", 2)
+
+
+def test_a_bug_keeps_its_traceback_and_ctrl_c_its_status(script):
+    for bug in (RuntimeError("shapes cannot be multiplied"), KeyError("x"), AssertionError()):
+        with pytest.raises(type(bug)):
+            script(bug)
+    assert script(None) == ("", None) and script(KeyboardInterrupt()) == ("", 130)
+
+
+def test_before_the_processes_meet_only_one_prints(script):
+    assert script(ValueError("no"), RANK="0", WORLD_SIZE="2") == ("script.py: no\n", 2)
+    assert script(ValueError("no"), RANK="1", WORLD_SIZE="2") == ("", 2)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_without_a_character_loses_only_that(encoding):
+    code = ("from plumbing.cli import run_main\ndef main(argv):\n    print('1 ± 2 \u2016 3')\n"
+            "    raise ValueError('λ is 0')\nrun_main(main)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True,
+                         env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert ran.returncode == 2 and ran.stdout.decode(encoding).strip() == (
+        "1 ? 2 ? 3" if encoding == "ascii" else "1 ± 2 ? 3")
+    assert ran.stderr.decode(encoding).endswith(": ? is 0" + os.linesep)
