@@ -84,6 +84,7 @@ def heun(net, z, sigmas, c=None):
     sigmas: noise levels that fall, the last one 0; n of them above 0 take 2 n - 1 evaluations. One,
     (s, 0), gives x + (0 - s) (x - D) / s = D: that is a one-step generator.
     """
+    sigmas = [float(sigma) for sigma in sigmas]
     x = z * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         slope = (x - net(x, sigma, c)) / sigma                              # dx/dsigma, line 4
@@ -170,15 +171,13 @@ class Guided(nn.Module):
         if weak is not None and weak.label_dim not in (0, good.label_dim):
             raise ValueError(f"a network of {good.label_dim} classes can't be guided by one of "
                              f"{weak.label_dim}")
-        if weak is not None and image_shape(weak) != image_shape(good):
-            raise ValueError(f"a network for images of {image_shape(good)} can't be guided by one "
-                             f"for {image_shape(weak)}")
         if low > high:
             raise ValueError(f"no noise level lies between {low:g} and {high:g}")
         self.good, self.weak, self.guidance, self.low, self.high = good, weak, guidance, low, high
-        self.channels, self.resolution = good.channels, good.resolution
         self.sigma_data, self.label_dim = good.sigma_data, good.label_dim
-        self.record, self.sigma_init = getattr(good, "record", {}), None
+        self.record = getattr(good, "record", {})
+        self.channels = getattr(good, "channels", None)         # sample() asks for these two, and
+        self.resolution = getattr(good, "resolution", None)     # Stable Diffusion does without
 
     @torch.no_grad()
     def forward(self, x, sigma, c=None):
@@ -205,6 +204,9 @@ def add_guide(good, teacher, guide="own", guidance=2.0, low=0.3, high=5.0):
         weak = load_teacher(path)
         if weak.sigma_init:
             raise ValueError(f"{path} is a student, of one noise level: it can't guide at all")
+        if image_shape(weak) != image_shape(good):
+            raise ValueError(f"{teacher} is for images of {image_shape(good)}, its guide {path} "
+                             f"for {image_shape(weak)}")
     return Guided(good, weak, guidance, low, high)
 
 
@@ -391,15 +393,12 @@ def shipped(name):
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else str(name)
 
 
-def beside(teacher, name, ending, needed=False):
+def beside(teacher, name, ending):
     """Return the path `name`, or None for "none". "own" is TEACHER + ending, beside the weights
-    TEACHER.pt: None where there is none, unless it is needed: then FileNotFoundError."""
+    TEACHER.pt, and None where there is none."""
     if name != "own":
         return None if name == "none" else shipped(name)
     own = shipped(str(teacher)).removesuffix(".pt") + ending
-    if needed and not Path(own).exists():
-        raise FileNotFoundError(f"no {own}: draw it by edm.py sample {teacher} -n 5000 --seed 1 "
-                                f"--out {own}")
     return own if Path(own).exists() else None
 
 
