@@ -79,33 +79,14 @@ def test_sba_at_minus_half_is_squared_hellinger():
 
 
 @every
-def test_h_is_convex_and_the_divergence_zero_only_at_one(name, lam):
-    b = get(name, lam)
-    r = torch.logspace(-2, 2, 81, dtype=F64)
-    r[40] = 1.0
-    _, _, d2 = derivatives(b.h, r)
+def test_h_is_convex_and_the_divergence_is_eq_2(name, lam):
+    b, r = get(name, lam), torch.logspace(-2, 2, 81, dtype=F64)
+    r_star = torch.linspace(0.5, 2, 81, dtype=F64)
+    h_star, dh_star, d2 = derivatives(b.h, r_star)
     assert (d2 > 0).all()
-    breg = b.divergence(r)
-    assert breg[40] == 0 and (breg[torch.arange(81) != 40] > 0).all()
-
-
-@every
-def test_divergence_between_two_ratios_is_eq_2(name, lam):
-    b = get(name, lam)
-    r, r_star = torch.logspace(-1, 1, 21, dtype=F64), torch.linspace(0.5, 2, 21, dtype=F64)
-    h_star, dh_star, _ = derivatives(b.h, r_star)
     close(b.divergence(r, r_star), b.h(r) - h_star - dh_star * (r - r_star))
-
-
-@every
-def test_scale_and_affine_shift_of_h(name, lam):
-    """7 h - 3 r + 11 has the weight 7 h'' r, so that its batch weights are the same."""
-    b = get(name, lam)
-    log_r = torch.linspace(-3, 3, 31, dtype=F64)
-    _, _, d2 = derivatives(lambda r: 7 * b.h(r) - 3 * r + 11, log_r.exp())
-    shifted = (d2 * log_r.exp()).log()
-    close(shifted, b.log_weight(log_r) + math.log(7), rtol=1e-8, atol=1e-8)
-    close(batch_weights(shifted)[0], batch_weights(b.log_weight(log_r))[0], rtol=1e-7, atol=1e-12)
+    r[40] = 1.0
+    assert b.divergence(r)[40] == 0 and (b.divergence(r)[torch.arange(81) != 40] > 0).all()
 
 
 @every
@@ -359,17 +340,12 @@ def test_factorise_keeps_the_running_mean_of_w():
     (lambda l: (1 / l.sigmoid() - 1).log(), "right"),               # (1 - D) / D
     (lambda l: (-l).tolist(), "right"),
     (lambda l: l, "upside down"),
-    (lambda l: l.sigmoid().logit(), "upside down"),
     (lambda l: l.exp().clamp(0.1, 20).log(), "upside down: log p/q, under which SBA's weight is "
      "r^-lam; off by up to 1.2 between"),                           # FastGen's, clamped
     (lambda l: 0.05 - l, "biased: off by up to 0.05"),
-    (lambda l: torch.where(l > 1, 1 - 2 * l, -l), "biased: off by up to 2.5"),
     (lambda l: -l.clamp(-1, 1), "biased: off by up to 2.5"),
-    (lambda l: -2 * l, "biased: off by up to 3.5"),
     (lambda l: (-l).exp(), "biased"),                               # r, not log r
-    (lambda l: l - 7, "upside down: log p/q, under which SBA's weight is r^-lam; off by up to 7 "),
     (lambda l: l / 0, "biased: off by up to"),
-    (lambda l: -l.mean(), "biased: () for 71 samples, not one number each"),
     (lambda l: -l[:, None], "biased: (71, 1) for 71 samples")])
 def test_which_way(reader, verdict):
     assert which_way(reader).startswith(verdict)

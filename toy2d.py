@@ -1,15 +1,14 @@
-"""Algorithm 1 of Di-Bregman in the plane, where each estimate can be laid beside the truth.
+"""Algorithm 1 of Di-Bregman in the plane, where every estimate can be laid beside the truth.
 
-The teacher is a mixture of Gaussians, so its score is exact at every noise level; the student's
-density comes from plane.log_q. So a run shows how far the classifier's log r is from the true one,
-and which modes the choice of h keeps.
+The teacher is a mixture of Gaussians, so its score is exact at every noise level, and the student's
+density comes from plane.log_q. A run tells which modes the choice of h keeps, and how far the
+classifier's log r is from the true one. It takes a minute on one core.
 
-    python toy2d.py                                     # KL keeps 8 of 8 modes; a minute, one core
-    python toy2d.py --h sba --lam 5                     # 1 or 2 of 8: the weight r^5 loses modes
-    python toy2d.py --h sba --lam 5 --ratio exact       # the true ratio in the classifier's place
-    python toy2d.py --help                              # all options and their choices
+    python toy2d.py                                     # KL keeps 8.0 of 8 modes (three seeds)
+    python toy2d.py --h sba --lam 5                     # 1.3: the weight r^5 loses modes
+    python toy2d.py --h sba --lam 5 --ratio exact       # 2.7: with the true ratio, no classifier
 
-Each run writes samples, numbers and a picture to runs/toy2d_H.
+Samples, numbers and a picture go to runs/toy2d_H. --help lists all options and their choices.
 """
 import json
 import math
@@ -74,7 +73,7 @@ class FakeScore(nn.Module):
 class Config:
     h: Literal[bregman.NAMES] = "kl"    # the row of Table 1
     lam: real = 5.0             # SBA's lambda
-    target: Literal[tuple(TARGETS)] = "ring8"   # the teacher
+    target: Literal[tuple(TARGETS)] = "ring8"   # the teacher, a mixture of Gaussians
     seed: whole = 0             # of all random numbers
     steps: count = 9000         # updates of the generator
     batch: count = 256          # samples a step
@@ -88,7 +87,7 @@ class Config:
     init_steps: count = 500     # of the regression that brings G there
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest noise level
-    anneal: share = 0.25        # fraction of the run over which sigma_min falls from 0.5
+    anneal: share = 0.25        # fraction of the run in which sigma_min falls from 0.5 to its value
     ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from
     clip: nonnegative = 5.0     # log r is kept within +-clip
     norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: before
@@ -97,8 +96,8 @@ class Config:
                                 # each noise level; sample: what is left within a level
     ess: share = 0.0            # weights are tempered to this effective sample size; 0: as they are
     gan: nonnegative = 0.0      # w_GAN, the weight of line 13
-    teacher_free: bool = False  # the score difference is the classifier's gradient: Appendix H
-    reward: Literal[("", *REWARDS)] = ""    # linear: tilt the target by R(x) = exp(a x), Appendix G
+    teacher_free: bool = False  # Appendix H: the score difference is the classifier's gradient
+    reward: Literal[("", *REWARDS)] = ""    # Appendix G: linear tilts the target by exp(a x)
 
     def __post_init__(self):
         bregman.get(self.h, self.lam)
@@ -106,9 +105,10 @@ class Config:
             raise ValueError(f"--lam is SBA's alone: add --h sba, this is {self.h}")
         if self.sigma_min >= self.sigma_max:
             raise ValueError("--sigma-min must be below --sigma-max")
-        if [self.norm == "batch", self.part == "both", not self.reward].count(False) > 1:
+        two_stage, part = self.norm == "two-stage", self.part != "both"
+        if two_stage + part + bool(self.reward) > 1:
             raise ValueError("choose one of --norm two-stage, --part and --reward")
-        if (self.norm != "batch" or self.part != "both") and self.batch < 20:
+        if (two_stage or part) and self.batch < 20:
             raise ValueError("--norm two-stage and --part need a --batch of at least 20")
         if self.gan and self.ratio == "exact":
             raise ValueError("--gan needs the classifier, so --ratio classifier")
@@ -147,7 +147,7 @@ class Distiller:
         direction = w * gap                                                             # Eq. (4)
         if cfg.gan:                                 # -log D of a sample                # line 13
             direction = direction + cfg.gan * self.gradient(F.softplus(log_r), x_t)
-        if cfg.reward:                              # its sign corrected                # Eq. (35)
+        if cfg.reward:                              # with its sign corrected           # Eq. (35)
             direction = direction - self.reward_term(log_r.detach(), x_t, b)
         surrogate = (x * direction).mean()          # its gradient in x is the direction
         self.descend(self.opt_g, surrogate)                                             # line 15
@@ -158,9 +158,9 @@ class Distiller:
             self.descend(self.opt_f, self.fake_loss(self.G(b.z).detach(), b))
 
     def scores_and_ratio(self, x_t, b):
-        """Return w(t) (s_psi - s_phi), (n, 2), where w(t) = sigma, and log r, (n, 1).
+        """Return w(t) (s_psi - s_phi), (n, 2), and log r, (n, 1), with a graph if line 13 needs it.
 
-        A score is (D - x) / sigma^2. log r keeps its graph in x_t if line 13 needs it.
+        A score is (D - x_t) / sigma^2, and w(t) = sigma.
         """
         needs_grad = bool(self.cfg.gan or self.cfg.teacher_free)
         x_t.requires_grad_(needs_grad)
@@ -177,8 +177,11 @@ class Distiller:
         return gap, log_r
 
     def weights(self, log_r):
-        """Return h''(r) r over its batch mean, (n, 1). --norm two-stage and --part take slices of
-        the batch for noise levels, so these must rise in it: see noise_levels()."""
+        """Return h''(r) r over its mean in the batch, (n, 1), of log r, alike.
+
+        --norm two-stage and --part take equal slices of the batch for noise levels, so these must
+        rise in the batch: see noise_levels().
+        """
         cfg, log_r = self.cfg, log_r.flatten()                                          # (n,)
         self.logged["log_r"] = log_r
         if cfg.norm == "two-stage":
@@ -192,7 +195,10 @@ class Distiller:
         return w[:, None]
 
     def fake_loss(self, x, b):
-        """Return the loss of lines 16 to 22: t'' = t', and one noise for real and fake samples."""
+        """Return the loss of lines 16 to 22, with t'' = t' and one noise for real and fake samples.
+
+        Line 18 is EDM's denoising loss, whose weight is 1 / c_out^2.
+        """
         noise = b.sigma_f * b.noise_f
         D_x, logits = self.fake(x + noise, b.sigma_f)                                   # line 17
         _, real_logits = self.fake(b.real + noise, b.sigma_f)                           # line 21
@@ -242,7 +248,7 @@ class Distiller:
     def noise_levels(self, n):
         """Return log-uniform noise levels, (n, 1), one in each of n equal steps of ln sigma.
 
-        So they rise, which weights() relies on: levels that you draw another way have to be sorted.
+        They rise, and weights() counts on that: if you draw them at random, sort them.
         """
         cfg = self.cfg
         left = max(0.0, 1 - self.updates / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
@@ -279,9 +285,9 @@ class Distiller:
 
     @torch.no_grad()
     def average_weights(self):
-        """Take the generator's weights into their average."""
+        """Move the average towards G, over the last tenth of the run so far at first."""
         self.updates += 1
-        beta = min(self.cfg.ema, 1 - 1 / (1 + self.updates / 10))   # over the last tenth at first
+        beta = min(self.cfg.ema, 1 - 1 / (1 + self.updates / 10))
         torch._foreach_lerp_(self.ema, list(self.G.parameters()), 1 - beta)
 
     def averaged(self, z):
@@ -299,6 +305,7 @@ class Distiller:
         return (log_q(G, x_t, sigma, cells, splits) - self.teacher.log_p(x_t, sigma))[:, None]
 
     def needs_classifier(self):
+        """Return whether the update uses the classifier at all."""
         return self.cfg.ratio == "classifier" or self.cfg.teacher_free
 
 
@@ -360,7 +367,7 @@ def frame(d, z, noise):
 
 
 def distil(cfg, frames=24, points=200, bar=True):
-    """Run cfg.steps of Algorithm 1, with a progress bar or without.
+    """Run cfg.steps steps of Algorithm 1, with a progress bar or without.
 
     Return the Distiller, the result, log r as training had it, (N,), and a dictionary of `frames`
     frames: step (F,), x (F, points, 2) and log_r (F, 3, points). Raises FloatingPointError, naming
@@ -406,10 +413,10 @@ def write(folder, d, result, seen, frames):
 
 def tell(result, folder):
     """Print a run's numbers."""
-    for text, key in (("the classifier's root-mean-square error in log r", "log_r_error_by_sigma"),
-                      ("the exact log r's own", "discretisation_error_by_sigma")):
-        by_sigma = ", ".join(f"{error:.2g} at {sigma}" for sigma, error in result[key].items())
-        print(f"{text}, by sigma: {by_sigma or 'there is no classifier'}")
+    errors = result["log_r_error_by_sigma"].items()
+    if errors:
+        print("the classifier's root-mean-square error in log r: "
+              + ", ".join(f"{error:.2g} at sigma {sigma}" for sigma, error in errors))
     print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
           f"on a mode {result['on_mode']:.3f}, KL(p|q) {result['kl_pq']:.3f}, "
           f"KL(q|p) {result['kl_qp']:.3f}, {result['seconds']:.0f} s")
@@ -429,7 +436,7 @@ def main(argv):
     cfg, out = parse(argv)
     torch.set_num_threads(1)                # the matrices are small: a second thread only waits
     torch.set_flush_denormal(True)
-    with claim(out) as folder:              # before the training, which a folder's fault would lose
+    with claim(out) as folder:              # before the training, in case one can't write there
         d, result, seen, frames = distil(cfg)
         write(folder, d, result, seen, frames)
     tell(result, folder)

@@ -156,14 +156,15 @@ def test_log_q_is_a_density_of_mass_one():
     close(mass.item(), 1.0, rtol=0.002, atol=0)
 
 
-def test_log_q_is_finite_far_away_and_alike_for_any_number_of_points():
-    G, _ = students()["kl"]
+def test_far_away_everything_is_finite_and_alike_for_any_number_of_points():
+    (G, _), teacher = students()["kl"], TARGETS["ring8"]
     x_t = torch.tensor([[0.1, 0.9], [1e4, -1e4], [1e8, 0.0], [0.0, -300.0]])
-    sigma = torch.tensor([[0.02], [0.02], [2.0], [80.0]])
-    together = log_q(G, x_t, sigma, 64)
+    sigma = torch.tensor([[0.02], [0.0], [2.0], [80.0]])
+    assert teacher.log_p(x_t, sigma).isfinite().all() and teacher.score(x_t, sigma).isfinite().all()
+    together = log_q(G, x_t, sigma.clamp(min=0.02), 64)
     assert together.isfinite().all() and not together.requires_grad
     x_t, sigma = x_t.repeat(300, 1), sigma.repeat(300, 1)           # more than one piece of 2^22
-    close(log_q(G, x_t, sigma, 64), together.repeat(300))
+    close(log_q(G, x_t, sigma.clamp(min=0.02), 64), together.repeat(300))
 
 
 @pytest.mark.parametrize("x_t, message", [(torch.zeros(5, 3), "x_t must be .N, 2. .* not .5, 3."),
@@ -249,14 +250,6 @@ def test_p_sigma_is_a_density_of_mass_one(target):
         sigma = torch.full((len(grid), 1), level, dtype=F64)
         mass = double(target).log_p(grid, sigma).exp().sum() * 0.02 ** 2
         close(mass.item(), 1.0, rtol=1e-6, atol=0)
-
-
-def test_far_from_all_modes_everything_is_finite():
-    x = torch.tensor([[1e4, -1e4], [1e8, 0.0], [0.0, -300.0]])
-    for level in (0.0, 0.02, 80.0):
-        sigma = torch.full((3, 1), level)
-        teacher = TARGETS["ring8"]
-        assert teacher.log_p(x, sigma).isfinite().all() and teacher.score(x, sigma).isfinite().all()
 
 
 def test_samples_have_the_mixtures_weights_and_width():
