@@ -224,7 +224,145 @@ def load_guided(teacher, guide="own", guidance=2.0, low=0.3, high=5.0):
     return add_guide(good, teacher, guide, guidance, low, high)
 
 
-# ------------------------------------------------------------- weights from files, and no code
+# ----------------------------------------------------------------------------- weights from files
+
+def load_teacher(source):
+    """Return the denoiser in a file, in eval mode, without gradients, float32 on the CPU.
+
+    source: the path of a pickle of EDM's code or of what torch.save or safetensors wrote, or one of
+    OFFICIAL. The network is recognised by its tensors. Its attribute `record` is the dictionary of
+    what the file says of itself, `sigma_init` the noise level of a student, None of a teacher.
+    Raises ValueError, which says what is wrong, or OSError.
+    """
+    path = Path(shipped(source))
+    if str(source) in OFFICIAL and not path.exists():
+        path = download(f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl",
+                        OFFICIAL[source])
+    if not path.is_file():
+        raise FileNotFoundError(f"no such weights: {source} (or one of {', '.join(OFFICIAL)})")
+    state, record = read_file(path)
+    try:
+        net = network(state, record)
+        for name, v in state.items():
+            if not (v.is_floating_point() and v.isfinite().all()):
+                raise ValueError(f"{name} is not of finite real numbers")
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    net.load_state_dict(state)
+    net.record, net.sigma_init = record, record.get("sigma_init")
+    if "sigma_data" not in record and loop.rank() == 0:
+        print(f"{path} does not say its sigma_data and dropout: EDM's are taken, "
+              f"{net.sigma_data:g} and 0.13", file=sys.stderr)
+    return net.eval().requires_grad_(False)
+
+
+def network(state, record, **changes):
+    """Return the network with the tensors' names and shapes, its weights not loaded.
+
+    record: of what the tensors do not say, dropout and sigma_data. changes: keywords that shall be
+    others. Raises ValueError, which names a tensor, where no network has them.
+    """
+    kind, recognise = EDMPrecond, configuration
+    if "model.out_conv.weight" in state:                    # ADM, of EDM's ImageNet-64
+        sys.path.append(str(HERE / "examples/imagenet64"))
+        import adm
+        kind, recognise = adm.ADMPrecond, adm.configuration
+    known = {k: record[k] for k in ("dropout", "sigma_data") if k in record}
+    return kind(**recognise(state) | known | changes)
+
+
+def shipped(name):
+    """Return a path of the user's or, where there is none, of this project's: pretrained/..."""
+    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else str(name)
+
+
+def beside(teacher, name, ending):
+    """Return the path `name`, or None for "none". "own" is TEACHER + ending, beside the weights
+    TEACHER.pt, and None where there is none."""
+    if name != "own":
+        return None if name == "none" else shipped(name)
+    own = shipped(str(teacher)).removesuffix(".pt") + ending
+    return own if Path(own).exists() else None
+
+
+# --------------------------------------------------------------- what a file holds, and no code
+
+def read_file(path):
+    """Return the state dict in a file of weights, and the record of what the file says beside it.
+    Raises ValueError, which says what it is instead."""
+    with open(path, "rb") as f:
+        head = f.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is git-lfs's pointer to a file: `git lfs pull`, where it came "
+                         "from, fetches the file")
+    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page: download the file itself, by its raw address")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path}: pip install safetensors, to read it") from None
+        return unwrap(load_file(path))
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                blob = archive.read(name) if name.endswith("/data.pkl") else b""
+                if b"torch_utils.persistence" in blob:              # EDM's training-state-*.pt
+                    folder = name.removesuffix("data.pkl")
+                    return read_pickle(path, io.BytesIO(blob), archive, folder)
+    if head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")):  # torch's, new or old
+        saved = loop.load(path)
+        return unwrap(saved if isinstance(saved, dict) else {})
+    with open(path, "rb") as f:
+        return read_pickle(path, f)
+
+
+def unwrap(saved):
+    """Return the state dict in what torch.save wrote, under EDMPrecond's names, and the record of
+    what lies beside it: a run's options, and what a trainer noted of the images and the network."""
+    record = dict(sigma_data=0.5, dropout=0.0) if "seen" in saved else {}   # of our older files
+    for key in ("config", "record"):
+        record |= saved[key] if isinstance(saved.get(key), dict) else {}
+    for key in ("ema", "state_dict", "model"):
+        saved = saved[key] if isinstance(saved.get(key), dict) else saved
+    state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in saved.items()
+             if torch.is_tensor(v)}
+    if not any(k.startswith("model.") for k in state):
+        state = {f"model.{k}": v for k, v in state.items()}
+    return state, record
+
+
+def read_pickle(path, file, archive=None, folder=""):
+    """Return the state dict of the network in EDM's pickle, and what it says of itself: sigma_data
+    and dropout. Raises ValueError, naming `path`."""
+    state, record = {}, {}
+    try:
+        saved = SafeUnpickler(file, archive, folder).load()
+        net = saved["ema"] if "ema" in saved else saved["net"]      # a snapshot, a training state
+        for prefix, module in modules(net):
+            for kind in ("_parameters", "_buffers"):
+                state |= {prefix + k: v for k, v in module[kind].items() if v is not None}
+            record |= {k: module[k] for k in ("sigma_data", "dropout")
+                       if isinstance(module.get(k), (int, float))}
+    except Exception as e:                          # a pickle can fail in many ways
+        file.seek(0)
+        if re.search(rb"G_ema|dnnlib\.tflib", file.read()):
+            raise ValueError(f"{path} is a StyleGAN, which knows no noise levels: take a diffusion "
+                             "teacher, such as edm-ffhq-64x64-uncond-vp") from e
+        raise ValueError(f"{path}: broken, or no file of weights: {e}") from e
+    if net["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):
+        raise ValueError(f"{path} is a network behind {net['class_name']}, and here it would stand "
+                         "behind EDMPrecond: take one that was trained with --precond=edm")
+    return state, record
+
+
+def modules(module, prefix=""):
+    """Yield a pickled module and all that are in it, each after its prefix in a state dict."""
+    yield prefix, module
+    for name, part in module["_modules"].items():
+        if part is not None:
+            yield from modules(part, f"{prefix}{name}.")
+
 
 class Record(dict):
     """What stands in for every object of a foreign pickle: data, never code."""
@@ -311,143 +449,6 @@ class SafeUnpickler(pickle.Unpickler):
         return torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)
 
 
-def modules(module, prefix=""):
-    """Yield a pickled module and all that are in it, each after its prefix in a state dict."""
-    yield prefix, module
-    for name, part in module["_modules"].items():
-        if part is not None:
-            yield from modules(part, f"{prefix}{name}.")
-
-
-def read_pickle(path, file, archive=None, folder=""):
-    """Return the state dict of the network in EDM's pickle, and what it says of itself: sigma_data
-    and dropout. Raises ValueError, naming `path`."""
-    state, record = {}, {}
-    try:
-        saved = SafeUnpickler(file, archive, folder).load()
-        net = saved["ema"] if "ema" in saved else saved["net"]      # a snapshot, a training state
-        for prefix, module in modules(net):
-            for kind in ("_parameters", "_buffers"):
-                state |= {prefix + k: v for k, v in module[kind].items() if v is not None}
-            record |= {k: module[k] for k in ("sigma_data", "dropout")
-                       if isinstance(module.get(k), (int, float))}
-    except Exception as e:                          # a pickle can fail in many ways
-        file.seek(0)
-        if re.search(rb"G_ema|dnnlib\.tflib", file.read()):
-            raise ValueError(f"{path} is a StyleGAN, which knows no noise levels: take a diffusion "
-                             "teacher, such as edm-ffhq-64x64-uncond-vp") from e
-        raise ValueError(f"{path}: broken, or no file of weights: {e}") from e
-    if net["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):
-        raise ValueError(f"{path} is a network behind {net['class_name']}, and here it would stand "
-                         "behind EDMPrecond: take one that was trained with --precond=edm")
-    return state, record
-
-
-def unwrap(saved):
-    """Return the state dict in what torch.save wrote, under EDMPrecond's names, and the record of
-    what lies beside it: a run's options, and what a trainer noted of the images and the network."""
-    record = dict(sigma_data=0.5, dropout=0.0) if "seen" in saved else {}   # of our older files
-    for key in ("config", "record"):
-        record |= saved[key] if isinstance(saved.get(key), dict) else {}
-    for key in ("ema", "state_dict", "model"):
-        saved = saved[key] if isinstance(saved.get(key), dict) else saved
-    state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in saved.items()
-             if torch.is_tensor(v)}
-    if not any(k.startswith("model.") for k in state):
-        state = {f"model.{k}": v for k, v in state.items()}
-    return state, record
-
-
-def read_file(path):
-    """Return the state dict in a file of weights, and the record of what the file says beside it.
-    Raises ValueError, which says what it is instead."""
-    with open(path, "rb") as f:
-        head = f.read(200)
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is git-lfs's pointer to a file: `git lfs pull`, where it came "
-                         "from, fetches the file")
-    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").lower().startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{path} is a web page: download the file itself, by its raw address")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path}: pip install safetensors, to read it") from None
-        return unwrap(load_file(path))
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                blob = archive.read(name) if name.endswith("/data.pkl") else b""
-                if b"torch_utils.persistence" in blob:              # EDM's training-state-*.pt
-                    folder = name.removesuffix("data.pkl")
-                    return read_pickle(path, io.BytesIO(blob), archive, folder)
-    if head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")):  # torch's, new or old
-        saved = loop.load(path)
-        return unwrap(saved if isinstance(saved, dict) else {})
-    with open(path, "rb") as f:
-        return read_pickle(path, f)
-
-
-def shipped(name):
-    """Return a path of the user's or, where there is none, of this project's: pretrained/..."""
-    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else str(name)
-
-
-def beside(teacher, name, ending):
-    """Return the path `name`, or None for "none". "own" is TEACHER + ending, beside the weights
-    TEACHER.pt, and None where there is none."""
-    if name != "own":
-        return None if name == "none" else shipped(name)
-    own = shipped(str(teacher)).removesuffix(".pt") + ending
-    return own if Path(own).exists() else None
-
-
-def network(state, record, **changes):
-    """Return the network with the tensors' names and shapes, its weights not loaded.
-
-    record: of what the tensors do not say, dropout and sigma_data. changes: keywords that shall be
-    others. Raises ValueError, which names a tensor, where no network has them.
-    """
-    kind, recognise = EDMPrecond, configuration
-    if "model.out_conv.weight" in state:                    # ADM, of EDM's ImageNet-64
-        sys.path.append(str(HERE / "examples/imagenet64"))
-        import adm
-        kind, recognise = adm.ADMPrecond, adm.configuration
-    known = {k: record[k] for k in ("dropout", "sigma_data") if k in record}
-    return kind(**recognise(state) | known | changes)
-
-
-def load_teacher(source):
-    """Return the denoiser in a file, in eval mode, without gradients, float32 on the CPU.
-
-    source: the path of a pickle of EDM's code or of what torch.save or safetensors wrote, or one of
-    OFFICIAL. The network is recognised by its tensors. Its attribute `record` is the dictionary of
-    what the file says of itself, `sigma_init` the noise level of a student, None of a teacher.
-    Raises ValueError, which says what is wrong, or OSError.
-    """
-    path = Path(shipped(source))
-    if str(source) in OFFICIAL and not path.exists():
-        path = download(f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl",
-                        OFFICIAL[source])
-    if not path.is_file():
-        raise FileNotFoundError(f"no such weights: {source} (or one of {', '.join(OFFICIAL)})")
-    state, record = read_file(path)
-    try:
-        with torch.random.fork_rng(devices=[]):     # its first weights are drawn, for nothing
-            net = network(state, record)
-        for name, v in state.items():
-            if not (v.is_floating_point() and v.isfinite().all()):
-                raise ValueError(f"{name} holds a number that is not finite, or whole numbers")
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    net.load_state_dict(state)
-    net.record, net.sigma_init = record, record.get("sigma_init")
-    if "sigma_data" not in record and loop.rank() == 0:
-        print(f"{path} does not say its sigma_data and dropout: EDM's are taken, "
-              f"{net.sigma_data:g} and 0.13", file=sys.stderr)
-    return net.eval().requires_grad_(False)
-
-
 # ----------------------------------------------------------------------------------- the command
 
 @dataclass
@@ -465,7 +466,7 @@ class SampleConfig:
     out: Path = Path("runs/samples.png")    # a grid, .png, or a set of images, .npz or .zip
 
 
-TEACHERS = ("steps", "guide", "guidance", "guide_low", "guide_high")        # options of theirs
+TEACHERS = ("steps", "guide", "guidance", "guide_low", "guide_high")        # a student has none
 
 
 def main(argv):

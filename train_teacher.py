@@ -1,12 +1,12 @@
 """How a teacher is trained: EDM's loss on a set of images of any size, by Muon and Adam.
 
     python train_teacher.py --data photos --size 32 --out runs/mine     # a folder of photos
-    python train_teacher.py --out runs/mine --resume --kimg 2000        # goes on, bit for bit
+    python train_teacher.py --data photos --size 32 --out runs/mine --resume --kimg 2000
     python train_teacher.py --no-labels --kimg 3000 --decay 600 --out runs/teacher      # CIFAR-10
     python train_teacher.py --data digits.npz --size 16 --no-flip --kimg 60 --decay 20 \\
-        --out runs/digits                                               # four minutes on one core
+        --out runs/digits                                   # two to four minutes on one core
     python train_teacher.py --init pretrained/compact_teacher.pt --lr 6e-3 --label-dropout 0.1 \\
-        --kimg 1000 --decay 400 --out runs/classes                      # goes on with another's
+        --kimg 1000 --decay 400 --out runs/classes          # from the weights of another teacher
 
 The folder then holds teacher.pt, which edm.py draws from and cifar_distill.py distils:
 
@@ -39,13 +39,13 @@ class TrainConfig:
     size: whole = 0             # pixels a side, to which the images' middle squares are resized;
                                 # 0: as they are
     labels: bool = True         # learn the classes, where the images have labels
-    flip: bool = True           # mirror half of the images, but no digits or text
+    flip: bool = True           # mirror half of the images; not for digits or text
     init: str = ""              # what load_teacher takes: start from its weights, to fine-tune, and
                                 # from its width, levels and depth
-    kind: Literal["ddpm++", "ncsn++"] = "ddpm++"    # of network
+    kind: Literal["ddpm++", "ncsn++"] = "ddpm++"    # the kind of network
     width: count = 16           # channels of the network's first level
-    levels: whole = 0           # of the network, each of half the size; 0: three, or more down to
-                                # 8 pixels a side
+    levels: whole = 0           # of the network, each of half the size; 0: three, or as many as
+                                # reach 8 pixels a side
     depth: count = 1            # blocks a level
     dropout: share = 0.0        # share of the features left out in training
     kimg: positive = 1000.0     # thousands of images to see in all
@@ -89,8 +89,9 @@ def seeded(seed, device):
 # ---------------------------------------------------------------------------------- its network
 
 def default_levels(size):
-    """Return how often a network halves images of this size: to 8 pixels a side, at least twice,
-    but not below 4. Raises ValueError where it can't halve them so far."""
+    """Return the number of levels for images of this size, of which each is half the one before:
+    three, or more until one is 8 pixels a side, but none below 4. Raises ValueError for a size that
+    can't be halved so often."""
     sides = [size]
     while sides[-1] % 2 == 0 and sides[-1] >= 8 and (len(sides) < 3 or sides[-1] > 8):
         sides.append(sides[-1] // 2)
@@ -276,11 +277,12 @@ def train(cfg, out, resume=False):
 
 def say(trainer):
     """Print what is trained, on what."""
-    net, threads = trainer.net, f", {torch.get_num_threads()} threads"
+    net, where = trainer.net, trainer.cfg.device
+    if where == "cpu":
+        where = f"cpu, {torch.get_num_threads()} threads"
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"training {parameters:.2f} M parameters for images of {image_shape(net)}, "
-          f"{net.label_dim or 'no'} classes, on {trainer.cfg.device}"
-          f"{threads if trainer.cfg.device == 'cpu' else ''}", file=sys.stderr)
+    classes = f"{net.label_dim or 'no'} classes"
+    print(f"a network of {parameters:.2f} M parameters, {classes}; on {where}", file=sys.stderr)
 
 
 def main(argv):

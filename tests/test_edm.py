@@ -360,8 +360,8 @@ NAME = "model.enc.8x8_block0.conv1.weight"
 
 @pytest.mark.parametrize("change, message", [
     ({NAME: torch.zeros(64, 64, 5, 5)}, rf"{NAME} is \(64, 64, 5, 5\), not \(64, 64, 3, 3\)"),
-    ({NAME: torch.full((64, 64, 3, 3), torch.nan)}, f"{NAME} holds a number that is not finite"),
-    ({NAME: torch.zeros(64, 64, 3, 3).long()}, f"{NAME} holds .* whole numbers"),
+    ({NAME: torch.full((64, 64, 3, 3), torch.nan)}, f"{NAME} is not of finite"),
+    ({NAME: torch.zeros(64, 64, 3, 3).long()}, f"{NAME} is not of finite"),
     ({NAME: [1.0]}, f"{NAME} is missing"),
     ({"model.extra": torch.zeros(3)}, "model.extra does not belong"),
 ])
