@@ -1,20 +1,20 @@
 """How fast, on whatever device there is: one training step, sampling, the Fréchet distance.
 
     python bench.py                                     # compact network, a Markdown table
+    python bench.py --size 64 --channels 1              # grey images of 64 x 64
     python bench.py --net uncond-vp --batch 64 256 --amp no bf16        # the paper's, on a GPU
+    python bench.py --net adm --size 64 --batch 2       # the network of examples/imagenet64, small
 
 `bound` is the images/s that the passes of Distiller.step allow, from the network's own times: two
 forward-and-backward (G, the fake network), two forward (the teacher, the fake network for score and
 logits), and the encoder's forward and backward on real images. All times of a row are taken in
 turns, medians of rounds.
 """
-from plumbing.run import run_main, tune_cpu
-
 import resource
 import statistics
 import sys
 import time
-from typing import Literal
+from pathlib import Path
 
 import scipy.linalg
 import torch
@@ -24,11 +24,12 @@ import fid
 from cifar_distill import HALF, Config, Distiller
 from edm import sample
 from ncsnpp import CONFIGS, EDMPrecond
-from plumbing.options import Parser, count, torch_device
+from plumbing.cli import count, parser, run_main, torch_device
+from plumbing.loop import tune_cpu
 
 
 def seconds(f, device):
-    """Of one call, with the device's queue empty before and after."""
+    """Return the seconds of one call, with the device's queue empty before and after."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
@@ -38,7 +39,7 @@ def seconds(f, device):
 
 
 def medians(tasks, device, rounds):
-    """name -> f: the median seconds of each, in turns, after one warming call."""
+    """Return the median seconds of each of `tasks`, name -> f, in turns, after one warming call."""
     for f in tasks.values():
         f()
     times = [{name: seconds(f, device) for name, f in tasks.items()} for _ in range(rounds)]
@@ -46,22 +47,32 @@ def medians(tasks, device, rounds):
 
 
 def matmul_peak(device, dtype):
-    """GFLOP/s of a large square product, the best of ten."""
+    """Return the GFLOP/s of a large square product, the best of ten."""
     n = 8192 if device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     a @ b
     return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(10)) / 1e9
 
 
-def row(name, batch, amp, device, rounds):
-    """-> the cells below HEAD of a network, numbers and texts."""
+def network(name, size, channels):
+    """Return a network of random weights: a name of ncsnpp.CONFIGS, or "adm"."""
+    if name != "adm":
+        return EDMPrecond(resolution=size, channels=channels, **CONFIGS[name])
+    sys.path.append(str(Path(__file__).parent / "examples/imagenet64"))
+    import adm
+    config = adm.CONFIGS["compact-adm"] | dict(resolution=size, channels=channels)
+    return adm.ADMPrecond(**config)
+
+
+def row(name, size, channels, batch, amp, device, rounds):
+    """Return the cells below HEAD of a network, numbers and texts."""
     torch.manual_seed(0)
-    teacher = EDMPrecond(**CONFIGS[name])
-    images = torch.randint(0, 256, (1000, 3, 32, 32), dtype=torch.uint8)
+    teacher = network(name, size, channels)
+    images = torch.randint(0, 256, (1000, channels, size, size), dtype=torch.uint8)
     d = Distiller(Config(batch=batch, amp=amp, wait_kimg=1e-9, device=device), teacher, images,
-                  torch.arange(1000) % 10)
-    b = d.draw()
-    x = b.sigma * b.noise                               # (batch, 3, 32, 32)
+                  torch.arange(1000) % max(1, teacher.label_dim))
+    b = d.sample_batch()
+    x = b.sigma * b.noise                               # (batch, channels, size, size)
     d.seen = 1                                          # past the time in which G waits
 
     def forward():
@@ -77,7 +88,7 @@ def row(name, batch, amp, device, rounds):
             d.fake.encode(x, b.sigma, b.c).square().mean().backward()
 
     def student():
-        sample(d.ema, batch, levels=[2.5], batch=batch)
+        sample(d.ema, batch, sigma_init=2.5, batch=batch)
 
     def few_of_the_teacher():
         sample(d.teacher, batch, steps=2, batch=batch)
@@ -91,8 +102,8 @@ def row(name, batch, amp, device, rounds):
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     speed = flops.get_total_flops() / t["step"] / 1e9
     bound = batch / (2 * t["both"] + 2 * t["forward"] + t["encoder"])
-    return [name, batch, "fp32" if amp == "no" else amp, batch / t["forward"], batch / t["both"],
-            batch / t["step"], bound, f"{batch / t['step'] / bound:.0%}", speed,
+    return [f"{name} {size}", batch, "fp32" if amp == "no" else amp, batch / t["forward"],
+            batch / t["both"], batch / t["step"], bound, f"{batch / t['step'] / bound:.0%}", speed,
             f"{speed / matmul_peak(device, HALF[amp]):.0%}", batch / t["student"],
             t["teacher"] / t["student"], memory / 2 ** 30]
 
@@ -103,7 +114,7 @@ HEAD = ("network", "batch", "precision", "forward, img/s", "and backward", "step
 
 
 def frechet_line(d=2048):
-    """Statistics of d features, once through SciPy's sqrtm and by fid.frechet."""
+    """Return the line that compares fid.frechet with SciPy's sqrtm in d dimensions."""
     g = torch.Generator().manual_seed(0)
     a, b = (fid.stats(torch.randn(2 * d, d, generator=g) * (1 + i)) for i in (0, 1))
     fast = statistics.median(seconds(lambda: fid.frechet(*a, *b), "cpu") for _ in range(3))
@@ -113,14 +124,16 @@ def frechet_line(d=2048):
 
 
 def main(argv):
-    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add("net", Literal[tuple(CONFIGS)], ["compact"], "networks", nargs="+")
-    parser.add("batch", count, [16, 32, 64], "images a step", nargs="+")
-    parser.add("amp", Literal["no", "bf16", "fp16"], ["no"], "precisions", nargs="+")
-    parser.add("device", torch_device, Config.device, "cpu, cuda, cuda:1")
-    parser.add("rounds", count, 10, "of which the median is taken")
-    parser.add("frechet", count, 2048, "dimensions of the Frechet distance")
-    args = parser.parse_args(argv)
+    p = parser("bench.py", __doc__)
+    p.add_argument("--net", choices=[*CONFIGS, "adm"], nargs="+", default=["compact"])
+    p.add_argument("--size", type=count, default=32, help="pixels a side (32)")
+    p.add_argument("--channels", type=count, default=3, help="3, or 1 for grey (3)")
+    p.add_argument("--batch", type=count, nargs="+", default=[16, 32, 64], help="images a step")
+    p.add_argument("--amp", choices=["no", "bf16", "fp16"], nargs="+", default=["no"])
+    p.add_argument("--device", type=torch_device, default=Config.device, help="cpu, cuda, cuda:1")
+    p.add_argument("--rounds", type=count, default=10, help="of which the median is taken (10)")
+    p.add_argument("--frechet", type=count, default=2048, help="dimensions of the distance (2048)")
+    args = p.parse_args(argv)
     tune_cpu()
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
@@ -131,7 +144,8 @@ def main(argv):
     for net in args.net:
         for amp in args.amp:
             for batch in args.batch:
-                cells = row(net, batch, amp, args.device, args.rounds)
+                cells = row(net, args.size, args.channels, batch, amp, args.device,
+                            args.rounds)
                 text = [f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
                 print("| " + " | ".join(text) + " |", flush=True)
     print("\n" + frechet_line(args.frechet))

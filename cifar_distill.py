@@ -1,18 +1,17 @@
-"""Algorithm 1 on CIFAR-10: a diffusion teacher distilled into a one-step generator.
+"""Algorithm 1 on images: a diffusion teacher distilled into a one-step generator.
 
     python cifar_distill.py                             # five minutes: FD-compact 13.09 to 0.85
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
+    python cifar_distill.py --teacher runs/mine/teacher.pt      # a teacher of train_teacher.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
     python cifar_distill.py --resume                    # goes on, bit for bit on a CPU
-    python cifar_distill.py sample runs/compact_kl/student.pt -n 64 --out runs/grid.png
-"""
-from plumbing.run import (all_mean, check_finite, first_process_first, gather, rank, run_main,
-                          tune_cpu, world)
 
-import argparse
+The student is drawn by `python edm.py sample runs/compact_kl/student.pt`. toy2d.py has the same
+Distiller in the plane, where the truth is known.
+"""
+import contextlib
 import copy
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,48 +21,52 @@ import torch
 import torch.nn.functional as F
 
 import bregman
-import edm
 from data import load_images
-from edm import edm_loss, half_life_to_beta, karras, load_guided, student_levels
+from edm import beside, check_labels, edm_loss, half_life_to_beta, karras, load_guided
+from evaluate import Evaluator, usual_guidance
 from ncsnpp import c_out
-from plumbing.judge import COLUMNS, Judge
-from plumbing.loop import Loop, folder, take_up
-from plumbing.options import (Parser, count, evaluations, nonnegative, path, positive, real,
-                              row_name, share, text, torch_device, torch_seed, validate)
-from plumbing.teachers import beside, check_labels
-from plumbing.weights import check_form
+from plumbing.cli import (count, nonnegative, number, parser, positive, real, run_main, share,
+                          torch_device, whole)
+from plumbing.loop import (all_mean, begin, check_finite, claim, first_process_first, gather,
+                           processes, rank, take_up, train, tune_cpu, world)
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-SCALE = 2.0 ** 12           # slope() multiplies by it before the backward: fp16 loses what is small
+SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 loses what is small
 
 
 @dataclass
 class Config:
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
-    teacher: text = "pretrained/compact_teacher.pt"     # a file, a URL, a name of NVIDIA's
-    guide: text = "own"         # what guides the teacher: weaker weights, "self" without label, or
+    teacher: str = "pretrained/compact_teacher.pt"      # a file of weights, or a name of NVIDIA's
+    guide: str = "own"          # what guides the teacher: weaker weights, "self" without label, or
                                 # "none"; "own": TEACHER_young.pt, where there is one
-    w: real = 2.0               # how much: D_weak + w (D_good - D_weak)
+    guidance: real = 2.0        # how much: D_weak + guidance (D_good - D_weak)
     guide_low: nonnegative = 0.3        # at noise levels from this
     guide_high: nonnegative = 5.0       # to this
-    data: text = "own"          # images for the classifier's p; "own": TEACHER_samples.zip
-    bank: text = "own"          # other samples of the teacher's to judge by, or their features, or
-                                # "none"; "own": TEACHER_compact.npz, where there is one
-    reference: text = "cifar10"         # the data to judge by: what fid.py takes
-    kimg: positive = 16         # thousands of generated images, the run's length
+    data: str = "own"           # the classifier's real images; "own": TEACHER_samples.zip, or else
+                                # the images that the teacher was trained on
+    size: whole = 0             # cut and resize them to so many pixels a side; 0: as they are
+    teacher_samples: str = "own"        # other samples of the teacher to judge by, or their
+                                # features, or "none"; "own": TEACHER_compact.npz, where it exists
+    reference: str = "own"      # the images to judge by, as fid.py takes them; "own": --data where
+                                # it is given, else what the teacher was trained on
+    resize: Literal["clean", "tf"] = "clean"    # how images come to the features' size, see fid.py
+    features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
+    kimg: positive = 16.0       # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
-    lr_g: positive = 2e-4       # generator's Adam; it is divided by nfe
-    lr_f: positive = 4e-4       # fake network's: score and classifier
+    lr_g: positive = 2e-4       # the generator's Adam
+    lr_f: positive = 4e-4       # the fake score network's, and so the classifier's
+    fake_updates: number(int, 1, 100, "a whole number from 1 to 100") = 1    # of lines 16 to 22
+                                # for one update of the generator
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
-    wait_kimg: nonnegative = 2.0        # for which the generator waits for the fake network
+    wait_kimg: nonnegative = 2.0    # for which the generator waits for the fake score network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
-    nfe: evaluations = 1        # evaluations of the generator for an image; above 1, --kimg 6
     t_min: share = 0.15         # the generator's noise levels: from this
     t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
     w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|
-    p_mean: real = -0.6         # the fake network's: ln sigma is normal with this mean
+    p_mean: real = -0.6         # the fake score network's: ln sigma is normal with this mean
     p_std: positive = 1.6       # and this standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
     norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights of mean one; level: and
@@ -72,23 +75,26 @@ class Config:
     part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
-    gan: nonnegative = 0.0      # w_GAN, line 13: of an image's loss; line 8's is a number's
+    gan: nonnegative = 0.0      # w_GAN, the weight of the adversarial loss of an image, line 13
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
-    grad_clip: nonnegative = 0.0        # bound on each gradient value of the fake network, 0: none
-    seed: torch_seed = 0        # of all random numbers
-    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"   # cpu, cuda, cuda:1, mps
+    grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none
+    seed: whole = 0             # of all random numbers
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1, mps
     amp: Literal["no", "bf16", "fp16"] = "no"   # autocast
     gradient_checkpointing: bool = False    # computes features twice, to keep fewer of them
-    features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
     eval_every: positive = 4.0  # kimg between rows of log.csv, grids and curve.png
-    eval_n: count = 2000        # samples for a row
+    eval_n: number(int, 6, 10 ** 7, "a whole number, at least 6") = 2000     # samples for a row
     preview: count = 64         # samples in each picture
     save_every: positive = 2.0  # kimg between checkpoints
 
     def __post_init__(self):
-        validate(self)
         bregman.get(self.h, self.lam)
+        if self.h != "sba" and self.lam != Config.lam:
+            raise ValueError(f"--lam is SBA's alone: say --h sba, not {self.h}")
+        if self.kimg <= self.wait_kimg:
+            raise ValueError(f"--kimg {self.kimg:g} ends before the generator moves, for which it "
+                             f"waits --wait-kimg {self.wait_kimg:g}")
         if self.t_min >= self.t_max:
             raise ValueError("--t-min must be below --t-max")
         if self.teacher_free and self.w_t == "dmd":
@@ -96,12 +102,12 @@ class Config:
         if self.part != "both" and (self.norm != "batch" or self.batch < 8):
             raise ValueError(f"--part {self.part} goes with --norm batch, and a --batch of at least"
                              " 8, its noise levels")
-        if self.eval_n < 6:
-            raise ValueError("--eval-n must be at least 6, for precision and recall")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.batch % world():
             raise ValueError(f"--batch {self.batch} does not divide into {world()} processes")
+        if self.amp == "fp16" and self.device == "cpu":
+            raise ValueError("--amp fp16 is 40 times slower on a CPU: leave it out, or take bf16")
 
 
 PRESETS = {
@@ -121,14 +127,15 @@ class Distiller:
     """Algorithm 1; the line numbers are the paper's. p is the teacher's density, q the student's;
     a guided teacher's score is no density's, and p is then that of its samples.
 
-    images: uint8 (N, C, H, W), labels: int64 (N,) if the teacher has classes. Each process draws
-    the random numbers of the whole batch and takes its share, so that their number changes nothing.
+    images: uint8 (N, C, H, W), labels: int64 (N,) if the teacher has classes. flip: whether real
+    images may be mirrored. Each process draws the random numbers of the whole batch and takes its
+    share, so that their number changes nothing.
     """
 
-    def __init__(self, cfg, teacher, images, labels=None):
-        self.cfg, self.h = cfg, bregman.get(cfg.h, cfg.lam)
-        torch.backends.cudnn.allow_tf32 = False     # the update is a small difference of networks
-        self.images = images.to(cfg.device)
+    def __init__(self, cfg, teacher, images, labels=None, flip=True):
+        self.cfg, self.h, self.flip = cfg, bregman.get(cfg.h, cfg.lam), flip
+        big = images.numel() > 2 ** 31              # stays where it is: on the disk, if it is there
+        self.images = images if big else images.to(cfg.device)
         self.labels = None if labels is None else labels.to(cfg.device)
         layout = torch.channels_last if cfg.device == "cpu" else torch.contiguous_format
         self.teacher = teacher.to(cfg.device, memory_format=layout)     # a seventh faster on a CPU
@@ -138,109 +145,106 @@ class Distiller:
             torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr,
                              betas=(0.0, 0.999), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.fake, cfg.lr_f)))
-        kind = torch.device(cfg.device).type
-        self.autocast = lambda: torch.autocast(kind, HALF[cfg.amp], cfg.amp != "no")
-        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.kind(), enabled=cfg.amp == "fp16")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        bins = min(8 if cfg.part != "both" else 10, cfg.batch)      # 10 as in f-distill
-        self.level = torch.zeros(bins, device=cfg.device)  # running mean at each noise level: of
-        #                                       log r with --norm level, of the weight with --part
-        self.g_sigmas = student_levels(cfg.sigma_init, cfg.nfe)   # the noise levels that G sees
-        self.seen = self.moves = 0                              # images, updates of the generator
-        self.sums = {}                      # of what was logged since the last row: Loop empties it
+        # running means at each noise level, of which a batch has one slice each
+        self.log_r_mean = torch.zeros(min(10, cfg.batch), device=cfg.device)    # for --norm level
+        self.log_w_mean = torch.zeros(min(8, cfg.batch), device=cfg.device)     # log of w's: --part
+        self.seen = self.updates = 0            # images, updates of the generator
+        self.sums = {}                          # of what was logged since the last row of log.csv
 
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)     # for small differences
     def step(self):
-        """Lines 3 to 22, once."""
-        cfg, b = self.cfg, self.draw()
-        moving = self.seen >= 1e3 * cfg.wait_kimg       # until then G waits for the fake network
+        """Take lines 3 to 22 once."""
+        cfg, b = self.cfg, self.sample_batch()
+        moving = self.seen >= 1e3 * cfg.wait_kimg       # until then G waits for the fake score
         self.set_rates()
-        with torch.set_grad_enabled(moving), self.autocast():
-            x = self.G(*self.start(b), b.c)                             # lines 4, 5  (n, C, H, W)
+        x = self.generate(b, moving)                                    # lines 4, 5  (n, C, H, W)
         if moving:
             x_t = x.detach() + b.sigma * b.noise                                        # line 7
-            gap, slope, log_r = self.compare(x_t, b)                                    # lines 8, 9
-            w = self.weigh(log_r)                                                       # line 10
-            surrogate = (x * (w * gap + slope)).mean()      # its gradient is Eq. (4)'s + line 13's
+            gap, log_r = self.scores_and_ratio(x_t, b)                                  # lines 8, 9
+            w = self.weights(log_r.detach())                                            # line 10
+            direction = w * gap                                                         # Eq. (4)
+            if cfg.gan:     # -log D of an image, where the surrogate is a mean over numbers
+                push = self.gradient(F.softplus(log_r), x_t)
+                direction = direction + cfg.gan * x_t[0].numel() * push                 # line 13
+            surrogate = (x * direction).mean()          # its gradient in x is the direction
             self.descend(self.opt_g, surrogate, "generator")                            # line 15
             self.average_weights()
-        self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake network")   # lines 16 to 22
+        self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake score network")   # 16 to 22
+        for _ in range(cfg.fake_updates - 1):           # DMD2 and f-distill make several
+            b = self.sample_batch()
+            x = self.generate(b, learn=False)
+            self.descend(self.opt_f, self.fake_loss(x, b), "fake score network")
         self.seen += cfg.batch
 
-    @torch.no_grad()
-    def start(self, b):
-        """-> what the generator sees, and its noise level: (sigma_init z, sigma_init). With --nfe K
-        b.last (n,) says which evaluation is an image's last, from 0 to K - 1; those before it, of
-        noise b.before (n, K - 1, C, H, W), are not learned from."""
-        x = torch.zeros_like(b.z)
-        for k, sigma in enumerate(self.g_sigmas[:-1]):
-            more = b.last > k
-            c = None if b.c is None else b.c[more]
-            x[more] = self.G(x[more] + sigma * b.before[more, k], sigma, c)
-        sigma = torch.tensor(self.g_sigmas, device=x.device)[b.last][:, None, None, None]
-        return x + sigma * b.z, sigma
+    def generate(self, b, learn):
+        """Return the generator's images (n, C, H, W), with a graph in its weights if it learns."""
+        with torch.set_grad_enabled(learn), self.autocast():
+            return self.G(*self.generator_input(b), b.c)
 
-    def told(self, b, c):
-        """-> labels for the fake network: the images' own, c (n, label_dim) or None, and with --nfe
-        K, one-hot, which evaluation made the generated ones, since as one mixture K kinds of images
-        can match p while none of them does."""
-        if self.cfg.nfe == 1:
-            return c
-        made_by = F.one_hot(b.last, self.cfg.nfe).float()
-        return made_by if c is None else torch.cat([c, made_by], 1)
+    def generator_input(self, b):
+        """Return what the generator sees, noise (n, C, H, W), and its noise level (n, 1, 1, 1)."""
+        sigma = torch.full_like(b.sigma, self.cfg.sigma_init)
+        return sigma * b.z, sigma
 
-    def compare(self, x_t, b):
-        """-> w(t) (s_psi - s_phi) and the adversarial loss's gradient, or 0, both (n, C, H, W), and
-        log r (n, 1, 1, 1). w(t) = sigma^2 / c_out(sigma) makes the first the difference of two
-        networks F; DMD's depends on the image too, not on t alone as Eq. (4) wants."""
-        cfg, needs_slope = self.cfg, bool(self.cfg.gan or self.cfg.teacher_free)
-        size, slope, c = c_out(b.sigma, self.teacher.sigma_data), 0, self.told(b, b.c)
-        x_t.requires_grad_(needs_slope)
-        with torch.set_grad_enabled(needs_slope), self.autocast():
-            D_fake, logits = self.fake(x_t, b.sigma, c, return_logits=True)             # line 8
+    def scores_and_ratio(self, x_t, b):
+        """Return w(t) (s_psi - s_phi) (n, C, H, W), and log r (n, 1, 1, 1), whose graph reaches x_t
+        where a gradient in it is needed.
+
+        w(t) = sigma^2 / c_out(sigma) makes the first the difference of two networks F. DMD's w(t)
+        depends on the image too, not on t alone as Eq. (4) wants.
+        """
+        cfg, size = self.cfg, c_out(b.sigma, self.teacher.sigma_data)
+        x_t.requires_grad_(bool(cfg.gan or cfg.teacher_free))
+        with torch.set_grad_enabled(x_t.requires_grad), self.autocast():
+            D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
         log_r = -logits.mean((1, 2))[:, None, None, None]   # l = log p/q of an image   # line 9
-        if cfg.gan:                     # -log D of an image; step's mean is over numbers  line 13
-            slope = cfg.gan * x_t[0].numel() * self.slope(F.softplus(log_r), x_t)
         if cfg.teacher_free:                                    # Eq. (37), its sign corrected
-            gap = self.slope(log_r, x_t) * b.sigma ** 2 / size
+            gap = self.gradient(log_r, x_t) * b.sigma ** 2 / size
         else:
             with torch.no_grad(), self.autocast():
                 D_real = self.teacher(x_t.detach(), b.sigma, b.c)                       # line 8
             if cfg.w_t == "dmd":
-                x = x_t - b.sigma * b.noise
+                x = x_t.detach() - b.sigma * b.noise
                 size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
             gap = (D_fake - D_real).detach() / size
         check_finite(f"after {self.seen} images", b.sigma, score_gap=gap, log_r=log_r)
-        return gap, slope, log_r.detach()
+        return gap, log_r
 
-    def weigh(self, log_r):
-        """-> h''(r) r with batch mean one, (n, 1, 1, 1). The batch is that of all processes, in
-        which noise levels rise, so that its slices are levels."""
-        cfg, every = self.cfg, gather(log_r).flatten()                                  # (B,)
-        rate = max(0.02, 1 / (1 + self.moves))
+    def weights(self, log_r):
+        """Return h''(r) r with batch mean one, (n, 1, 1, 1), of log r, alike.
+
+        The batch is that of all processes. Its noise levels rise, see sample_batch(), so that its
+        slices are levels: --norm and --part rely on it.
+        """
+        cfg, every = self.cfg, gather(log_r).flatten()                                  # (batch,)
+        rate = max(0.02, 1 / (1 + self.updates))
         self.log(log_r=every.mean(), log_r_std=every.std(correction=0))
         if cfg.norm == "two-stage":
             every = bregman.two_stage(every)
         if cfg.norm == "level":
-            bins = every.tensor_split(len(self.level))
-            self.level.lerp_(torch.stack([part.mean() for part in bins]), rate)
-            every = torch.cat([part - mean for part, mean in zip(bins, self.level)])
+            bins = every.tensor_split(len(self.log_r_mean))
+            self.log_r_mean.lerp_(torch.stack([part.mean() for part in bins]), rate)
+            every = torch.cat([part - mean for part, mean in zip(bins, self.log_r_mean)])
         log_w = self.h.log_weight(every.clamp(-cfg.clip, cfg.clip))
         if cfg.part != "both":
-            level, within = bregman.split(log_w, self.level, rate)
+            level, within = bregman.factorise(log_w, self.log_w_mean, rate)
             log_w = level if cfg.part == "level" else within
         w, ess, tau = bregman.batch_weights(log_w, cfg.ess)
         self.log(ess=ess, tau=tau)
         return w[rank()::world()].view_as(log_r)
 
     def fake_loss(self, x, b):
-        """Lines 16 to 22 in one pass: t'' = t', real and generated images under one noise."""
-        noise, c, c_real = b.sigma_f * b.noise_f, self.told(b, b.c), self.told(b, b.c_real)
+        """Return the loss of lines 16 to 22, of generated images x (n, C, H, W). One pass serves
+        score and classifier: t'' = t', and real and generated images get the same noise."""
+        noise = b.sigma_f * b.noise_f
         with self.autocast():
             if self.cfg.teacher_free:                           # no score, so no decoder
-                D_x, logits = x, self.fake.encode(x + noise, b.sigma_f, c)
+                D_x, logits = x, self.fake.encode(x + noise, b.sigma_f, b.c)
             else:
-                D_x, logits = self.fake(x + noise, b.sigma_f, c, return_logits=True)    # line 17
-            real_logits = self.fake.encode(b.real + noise, b.sigma_f, c_real)           # line 21
+                D_x, logits = self.fake(x + noise, b.sigma_f, b.c, return_logits=True)  # line 17
+            real_logits = self.fake.encode(b.real + noise, b.sigma_f, b.c_real)         # line 21
         score = edm_loss(D_x, x, b.sigma_f, self.fake.sigma_data)                       # line 18
         classifier = (F.softplus(logits) + F.softplus(-real_logits)).mean((1, 2))       # Eq. (5)
         check_finite(f"after {self.seen} images", b.sigma_f, loss_score=score,
@@ -250,7 +254,7 @@ class Distiller:
         return score.mean() + classifier.mean()                                         # line 22
 
     def descend(self, opt, loss, what):
-        """One step of Adam on the gradient's mean over processes."""
+        """Take one step of Adam on the gradient's mean over processes."""
         cfg, scaler = self.cfg, self.scaler
         opt.zero_grad()
         scaler.scale(loss).backward()
@@ -271,20 +275,21 @@ class Distiller:
     # ------------------------------------------------------- what the steps above are made of
 
     def copy_weights(self):
-        """Line 1 -> G, the fake network and G's average, all of them the teacher unguided. They
-        stay in eval mode: no dropout."""
+        """Return G, the fake score network and G's average, each the teacher unguided: line 1. They
+        stay in evaluation mode, without dropout."""
         teacher = getattr(self.teacher, "good", self.teacher)
         nets = [copy.deepcopy(teacher) for _ in range(3)]
         for net in nets[:2]:
             net.requires_grad_(True)
             net.gradient_checkpointing = self.cfg.gradient_checkpointing
-        if self.cfg.nfe > 1:
-            nets[1].add_labels(self.cfg.nfe)                    # see told()
         return nets
 
-    def draw(self):
-        """-> this process's share of a step's random numbers; noise levels are (n, 1, 1, 1), those
-        of line 7 rising, one in each of `batch` equal steps of the grid."""
+    def sample_batch(self):
+        """Return this process's share of a step's random numbers.
+
+        Noise levels are (n, 1, 1, 1). Those of line 7, sigma, rise through the batch, one in each
+        of `batch` equal steps of the grid; weights() counts on that.
+        """
         cfg, n = self.cfg, self.cfg.batch
         kind = dict(generator=self.generator, device=cfg.device)
         shape = (n, *self.images.shape[1:])
@@ -292,134 +297,161 @@ class Distiller:
         t = cfg.t_min + (cfg.t_max - cfg.t_min) * t
         index = torch.randint(len(self.images), (n,), **kind)                           # line 21
         b = dict(z=torch.randn(shape, **kind), noise=torch.randn(shape, **kind),        # line 4
-                 sigma=self.levels(t)[:, None, None, None])
+                 sigma=self.noise_levels(t)[:, None, None, None])
         sigma_f = (cfg.p_mean + cfg.p_std * torch.randn(n, **kind)).exp()               # line 17
         b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
-        b |= self.pick(index, kind)
-        b["before"] = torch.randn(n, cfg.nfe - 1, *shape[1:], **kind)
-        b["last"] = torch.arange(n, device=cfg.device) % cfg.nfe        # the evaluations take turns
+        b |= self.real_batch(index, kind)
         mine = {name: value[rank()::world()] for name, value in b.items()}
         return SimpleNamespace(**(dict(c=None, c_real=None) | mine))
 
-    def levels(self, t):
-        """Shares of EDM's grid, from the lowest level up, (n,) -> noise levels (n,)."""
+    def noise_levels(self, t):
+        """Return noise levels (n,) at shares t (n,) of EDM's grid, from the lowest level up."""
         return karras(1 - t)
 
-    def pick(self, index, kind):
-        """-> the real images at `index` (n,), flipped or not, and with classes their labels and
-        those to generate, one-hot (n, label_dim)."""
+    def real_batch(self, index, kind):
+        """Return the real images at `index` (n,), mirrored or not, as `real`; with classes also
+        their labels, c_real, and those to generate, c, one-hot (n, label_dim)."""
         n, classes = len(index), self.teacher.label_dim
-        real, flip = self.images[index].float() / 127.5 - 1, torch.rand(n, **kind) < 0.5
+        flip = torch.rand(n, **kind) < 0.5 * self.flip
+        real = self.images[index.to(self.images.device)].to(self.cfg.device).float() / 127.5 - 1
         b = dict(real=torch.where(flip[:, None, None, None], real.flip(3), real))
         if classes:
             eye = torch.eye(classes, device=self.cfg.device)
             b |= dict(c=eye[torch.randint(classes, (n,), **kind)], c_real=eye[self.labels[index]])
         return b
 
-    def slope(self, values, x_t):
-        """The gradient of their sum in x_t; small ones survive fp16."""
+    def gradient(self, values, x_t):
+        """Return the gradient of the sum of `values` in x_t; small ones survive fp16."""
         gradient, = torch.autograd.grad(SCALE * values.sum(), x_t, retain_graph=True)
         return gradient / SCALE
 
     def set_rates(self):
+        """Set both learning rates, which fall once the generator moves."""
         since = max(0, self.seen / 1e3 - self.cfg.wait_kimg)
         fall = 1 / (1 + since / self.cfg.decay_kimg) if self.cfg.decay_kimg else 1
-        # the fake network follows K kinds of images, so that the generator must wait for it
-        self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * fall / self.cfg.nfe
+        self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * fall
         self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * fall
 
     @torch.no_grad()
     def average_weights(self):
-        self.moves += 1
-        moved = self.moves * self.cfg.batch
+        """Move the average towards G: its half-life is ema_kimg, or a tenth of a run so far."""
+        self.updates += 1
+        moved = self.updates * self.cfg.batch
         beta = half_life_to_beta(self.cfg.batch, min(1e3 * self.cfg.ema_kimg, 0.1 * moved))
         ema, G = (list(net.state_dict().values()) for net in (self.ema, self.G))
         torch._foreach_lerp_(ema, G, 1 - beta)
 
+    def kind(self):
+        return torch.device(self.cfg.device).type
+
+    def autocast(self):
+        return torch.autocast(self.kind(), HALF[self.cfg.amp], self.cfg.amp != "no")
+
     def log(self, **values):
+        """Add numbers to the sums of which log.csv gets the means."""
         for name, value in values.items():
             now = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float)])
             self.sums[name] = self.sums.get(name, 0) + now
 
     def averages(self):
-        """-> the means of what was logged since the last row, as numbers."""
+        """Return the means of what was logged since the last row, as numbers."""
         return {k: (v[0] / v[1]).item() for k, v in self.sums.items()}
 
     def state(self):
-        """All that a resumed run needs."""
-        return {"config": asdict(self.cfg), "seen": self.seen, "moves": self.moves,
-                "level": self.level, "sums": self.sums, "generator": self.generator.get_state(),
+        """Return all that a resumed run needs."""
+        return {"config": asdict(self.cfg), "seen": self.seen, "updates": self.updates,
+                "log_r_mean": self.log_r_mean, "log_w_mean": self.log_w_mean, "sums": self.sums,
+                "generator": self.generator.get_state(),
                 "G": self.G.state_dict(), "fake": self.fake.state_dict(),
                 "ema": self.ema.state_dict(), "opt_g": self.opt_g.state_dict(),
                 "opt_f": self.opt_f.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def load(self, state, name):
-        """Take up a state(), checked against this one. Raises ValueError, naming the place in the
-        file `name`, for anything of another form."""
-        sums = state.get("sums") if isinstance(state.get("sums"), dict) else {}
-        check_form({k: torch.zeros(2) for k in sums}, state.get("sums"), f"{name}: sums")
-        take_up(self, state, name, ("G", "fake", "ema"), ("opt_g", "opt_f"))
-        self.scaler.load_state_dict(state["scaler"])
-        self.moves, self.level = state["moves"], state["level"].to(self.cfg.device)
-        self.sums = {k: v.to(self.cfg.device) for k, v in sums.items()}
+    def load(self, state, path):
+        """Take up a state(). Raises ValueError, which names the file `path`, for another form."""
+        take_up(self, state, path, ("G", "fake", "ema", "scaler"), ("opt_g", "opt_f"))
+        self.updates = state["updates"]
+        self.log_r_mean.copy_(state["log_r_mean"])
+        self.log_w_mean.copy_(state["log_w_mean"])
+        self.sums = {k: v.to(self.cfg.device) for k, v in state["sums"].items()}
 
 
 # ----------------------------------------------------------------------------------------- a run
 
+def find_data(cfg, record):
+    """Return what data.load_images takes for the classifier's real images, and their size or None.
+
+    record: what the teacher's file says of itself. Raises FileNotFoundError, which says what to
+    type, where the teacher has neither samples beside it nor a record of its images.
+    """
+    if cfg.data != "own":
+        return cfg.data, cfg.size or None
+    own = beside(cfg.teacher, "own", "_samples.zip")
+    if own and usual_guidance(cfg):
+        return own, cfg.size or None
+    if own:
+        raise ValueError(f"{own} was drawn with another guidance than these options: draw samples "
+                         "with python edm.py sample and its --guide, and name them by --data")
+    if not record.get("data"):
+        raise FileNotFoundError("say what --data is: no samples lie beside this teacher. python "
+                                f"edm.py sample {cfg.teacher} -n 5000 --out FILE.zip draws some")
+    return record["data"], cfg.size or record.get("size")
+
+
 def load_all(cfg):
-    """-> teacher, images, labels."""
+    """Return the teacher, where the real images are from, these images, and their labels where the
+    teacher has classes. Raises ValueError where they don't go together."""
     with first_process_first():
-        teacher = load_guided(cfg.teacher, cfg.guide, cfg.w, cfg.guide_low, cfg.guide_high)
-        data = beside(cfg.teacher, cfg.data, "_samples.zip", needed=True)
-        images, labels = load_images(data)
-    asked, own = ([vars(c)[k] for k in ("guide", "w", "guide_low", "guide_high")]
-                  for c in (cfg, Config()))
-    if cfg.data == "own" and asked != own and rank() == 0:
-        print("the teacher's own --data and --bank are of another guidance", file=sys.stderr)
-    if tuple(images.shape[1:]) != (3, 32, 32):
-        raise ValueError(f"{data}: images of {tuple(images.shape[1:])}, not (3, 32, 32)")
+        teacher = load_guided(cfg.teacher, cfg.guide, cfg.guidance, cfg.guide_low, cfg.guide_high)
+        source, size = find_data(cfg, teacher.record)
+        images, labels = load_images(source, size=size)
+    wanted = (teacher.channels, teacher.resolution, teacher.resolution)
+    if tuple(images.shape[1:]) != wanted:
+        raise ValueError(f"{source}: images of {tuple(images.shape[1:])}, but the teacher's are "
+                         f"{wanted}; --size {wanted[1]} cuts and resizes them")
     if teacher.label_dim:
-        check_labels(labels, len(images), teacher.label_dim, data)
-    return teacher, images, labels
+        check_labels(labels, len(images), teacher.label_dim, source)
+    return teacher, source, images, labels if teacher.label_dim else None
 
 
 def run(cfg, out, resume=False):
-    """Distil, into the folder `out`. -> exit status."""
-    with folder(cfg, out, resume, FREE, COLUMNS) as state:
-        d = Distiller(cfg, *load_all(cfg))
+    """Distil, into the folder `out`. Returns the exit status: 0, or 128 + a signal's number."""
+    out = Path(out)
+    state = begin(cfg, out, resume, FREE)
+    with claim(out) if rank() == 0 else contextlib.nullcontext(), processes(cfg.device):
+        teacher, source, images, labels = load_all(cfg)
+        d = Distiller(cfg, teacher, images, labels, teacher.record.get("flip", True))
         if state:
-            d.load(state, str(out / "checkpoint.pt"))
-        judge = Judge(cfg, out) if rank() == 0 else None
-        loop = Loop(d, cfg, out, COLUMNS, lambda: judge.row(d, loop.rows), cfg.eval_every, state)
-        status = loop.run()
-        if judge and not status:
-            judge.finish(d, loop)
+            d.load(state, out / "checkpoint.pt")
+        evaluator = Evaluator(cfg, out, d, source) if rank() == 0 else None
+        rows, status = train(d, cfg, out, evaluator and evaluator.row, cfg.eval_every, state,
+                             evaluator and evaluator.about())
+        if evaluator and not status:
+            evaluator.finish(rows)
     return status
 
 
 # ------------------------------------------------------------------------------------ command line
 
 def parse(argv):
-    """-> Config, output folder, resume."""
-    parser = Parser(prog="cifar_distill.py", description=__doc__.splitlines()[0])
-    parser.add("preset", Literal[tuple(PRESETS)], "compact", "the settings to begin with")
-    parser.add("out", path, None, "the run's folder (runs/PRESET_H)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_fields(Config, default=lambda f: argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
+    """Return the Config, the output folder, and whether to resume."""
+    p = parser("cifar_distill.py", __doc__, Config)
+    p.add_argument("--preset", choices=PRESETS, default="compact",
+                   help="the settings to begin with (compact)")
+    p.add_argument("--out", type=Path, help="the run's folder (runs/PRESET_H)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    args = vars(p.parse_args(argv))
     preset, out, resume = args.pop("preset"), args.pop("out"), args.pop("resume")
     chosen = PRESETS[preset] | args
     if world() > 1 and chosen.get("device", Config.device) == "cuda":
         chosen["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**chosen)
-    return cfg, out or Path("runs") / f"{preset}_{row_name(cfg.h, cfg.lam)}", resume
+    return cfg, out or Path("runs") / f"{preset}_{bregman.row_name(cfg.h, cfg.lam)}", resume
 
 
 def main(argv):
+    args = parse(argv)
     tune_cpu()
-    if argv[:1] == ["sample"]:                              # edm.py draws from both
-        return edm.main(argv)
-    return run(*parse(argv))
+    return run(*args)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ def load_teacher(source):
         raise FileNotFoundError(f"no such weights: {source} (or one of {', '.join(OFFICIAL)})")
     state, record = read_file(path)
     try:
-        net = network(state, record)
+        with torch.random.fork_rng(devices=[]):     # its first weights are drawn, for nothing
+            net = network(state, record)
         for name, v in state.items():
             if not (v.is_floating_point() and v.isfinite().all()):
                 raise ValueError(f"{name} is not of finite real numbers")

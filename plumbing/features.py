@@ -264,7 +264,8 @@ def fuse(net):
 def read_net(kind, path):
     """Return the network `kind` of NETS with the weights at `path`, fused, in eval mode. Raises
     ValueError or OSError, which names the file."""
-    net = NETS[kind]()
+    with torch.random.fork_rng(devices=[]):         # its first weights are drawn, for nothing
+        net = NETS[kind]()
     try:
         net.load_state_dict(load(path))
     except (RuntimeError, TypeError) as e:

@@ -256,17 +256,17 @@ def take_up(trainer, state, path, networks, optimizers):
         raise ValueError(f"{path}: not a checkpoint of such a run: {reason[:200]}") from e
 
 
-def train(trainer, cfg, out, evaluate, every, state):
+def train(trainer, cfg, out, evaluate, every, state, note=""):
     """Step a trainer until it has seen cfg.kimg thousand images, from `state` on.
 
     trainer: has seen, step() and state(); a row of the log empties its sums. evaluate(rows) returns
     the next row of log.csv, a dictionary of numbers, each `every` thousand images; a signal may
     leave it at any point. Process 0 alone writes: checkpoint.pt before each evaluation and every
-    cfg.save_every thousand images. Returns the rows, and 0 or 128 + the number of the signal that
-    stopped the run, after it printed the command to go on.
+    cfg.save_every thousand images. note: the first line of log.csv. Returns the rows, and 0 or
+    128 + the number of the signal that stopped the run, after it printed the command to go on.
     """
     rows, before, start = state.get("rows", []), state.get("seconds", 0.0), time.time()
-    end, main = round(1e3 * cfg.kimg), rank() == 0
+    end, main, steps, stepped = round(1e3 * cfg.kimg), rank() == 0, 0, 0.0
 
     def due(every):
         return trainer.seen % max(1, round(1e3 * every)) < cfg.batch or trainer.seen >= end
@@ -283,6 +283,7 @@ def train(trainer, cfg, out, evaluate, every, state):
         trainer.sums = {}
         names = list(dict.fromkeys(k for row in rows for k in row))
         with atomic(out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
+            f.write(f"# {note}\n" if note else "")
             writer = csv.DictWriter(f, names)
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
@@ -299,8 +300,13 @@ def train(trainer, cfg, out, evaluate, every, state):
                     add_row(values)
             if trainer.seen >= end or stop.agreed(cfg.device):
                 break
+            at = time.time()
             trainer.step()
             bar.update(cfg.batch)
+            steps, stepped = steps + 1, stepped + time.time() - at
+            hours = stepped / steps * (end - trainer.seen) / cfg.batch / 3600
+            if main and steps == 10 and hours > 1:
+                tqdm.write(f"at this speed the run takes about {hours:.0f} hours", file=sys.stderr)
             if main and (due(cfg.save_every) or due(every)):    # before the evaluation
                 save_all()
         if main:
