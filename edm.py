@@ -30,8 +30,7 @@ from tqdm import tqdm
 from data import download, save_grid, save_images
 from ncsnpp import EDMPrecond, c_out, configuration, per_image
 from plumbing import loop
-from plumbing.cli import count, nonnegative, parser, positive, real, run_main, whole
-from plumbing.cli import device as torch_device
+from plumbing.cli import count, nonnegative, parser, positive, real, run_main, torch_device, whole
 
 HERE = Path(__file__).parent
 OFFICIAL = {        # name: sha256 of https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/NAME.pkl

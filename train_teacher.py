@@ -29,8 +29,8 @@ from edm import (check_labels, edm_loss, half_life_to_beta, image_shape, load_te
                  sample)
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing import loop
-from plumbing.cli import count, nonnegative, parser, positive, real, run_main, share, whole
-from plumbing.cli import device as torch_device
+from plumbing.cli import (count, nonnegative, parser, positive, real, run_main, share,
+                          torch_device, whole)
 
 
 @dataclass

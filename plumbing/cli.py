@@ -46,9 +46,6 @@ def torch_device(name):
     return name
 
 
-device = torch_device               # the old name, until nobody imports it
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; of several processes, the first one prints it."""
 
