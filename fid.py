@@ -344,9 +344,9 @@ def in_words(result, splits):
         much = f"about {result['bias']:.2g}" if known else "too few to say how much"
         lines += [f"biased upward by fewer than 50,000 images: {much}"]
     if result["is_mean"]:
-        few = f"; fewer than 10 images in each of {splits} splits make it too low"
-        lines += [f"{result['is']} {result['is_mean']:.3f} ± {result['is_std']:.3f}"
-                  + (few if result["n"][0] < 10 * splits else "")]
+        few = (result["n"][0] or 0) < 10 * splits
+        lines += [f"{result['is']} {result['is_mean']:.3f} ± {result['is_std']:.3f}" + few * (
+            f"; fewer than 10 images in each of {splits} splits make it too low")]
     if result["variance"]:
         lines += [f"variance {result['variance']:.3f} of the reference's"]
     words = ("precision {precision:.3f}  recall {recall:.3f}  density {density:.3f}  "
@@ -394,9 +394,9 @@ def main(argv):
     add("b", nargs="?", default="cifar10", help="the reference (cifar10)")
     add("-n", type=count, help="take so many of A's images, at random")
     add("--features", choices=NAMES, default="compact",
-        help="the network: compact (FD-compact) or inception (FID); (compact)")
-    add("--resize", choices=("clean", "tf"), help="to the network's size: clean (Pillow's bicubic, "
-        "as Clean-FID) or tf (TensorFlow 1's bilinear, as EDM); (clean)")
+        help="of which network; compact: FD-compact, inception: FID (compact)")
+    add("--resize", choices=("clean", "tf"), help="how images come to the network's size; clean: "
+        "Pillow's bicubic, as Clean-FID, tf: TensorFlow 1's bilinear, as EDM (clean)")
     add("--splits", type=count, default=10,
         help="parts of A for the Inception Score, whose spread is printed (10)")
     add("--batch", type=count, default=64, help="images a step (64)")

@@ -208,13 +208,14 @@ def run(out, resume=False, act=lambda trainer: None, **options):
         def evaluate(rows):
             act(None)
             return {"loss": trainer.sums.get("loss", 0), "weight": trainer.net.weight.sum().item()}
-        return *train(trainer, cfg, out, evaluate, 0.008, state), trainer
+        return *train(trainer, cfg, out, evaluate, 0.008, state, "a note"), trainer
 
 
 def test_a_run_writes_its_log_and_goes_on_bit_for_bit(tmp_path):
     rows, status, whole = run(tmp_path / "whole")
     assert status == 0 and [row["kimg"] for row in rows] == [0, 0.008, 0.016, 0.024]
     with open(tmp_path / "whole/log.csv") as f:
+        assert f.readline() == "# a note\n"
         logged = [float(row["weight"]) for row in csv.DictReader(f)]
     assert logged == pytest.approx([row["weight"] for row in rows], rel=1e-5)
     run(tmp_path / "parts", kimg=0.012)
