@@ -115,7 +115,7 @@ class Evaluator:
         self.key = "to_teacher" if self.teacher else "to_data"
         self.floor = self.teachers_own()
         self.rows_of = dict(classes=distiller.teacher.label_dim)
-        if record.get("data", "cifar10") == "cifar10" and self.rows_of["classes"] == 10:
+        if self.against == "cifar10" and self.rows_of["classes"] == 10:
             self.rows_of["names"] = CIFAR10_CLASSES
         print(self.about(), file=sys.stderr)
 
