@@ -323,14 +323,14 @@ def variety(a, b):
 
 def compare(a, b, features="compact", how="clean"):
     """Return the distance of two Measured and all that should be said with it, a dictionary."""
-    names, (trace_a, trace_b) = NAMES[features], (m.sigma.trace().item() for m in (a, b))
+    names, variances = NAMES[features], [m.sigma.trace().item() for m in (a, b)]
     value = frechet(a.mu, a.sigma, b.mu, b.sigma)
     excess = [bias(a, b), bias(b, a)]
-    if value <= 1e-8 * (trace_a + trace_b):         # one set, and the rounding of its features
+    if value <= 1e-8 * sum(variances):              # one set, and the rounding of its features
         value, excess = 0.0, [0.0]
     return {"distance": names[0], "value": value, "bias": None if None in excess else sum(excess),
             "is": names[1], "is_mean": a.score and a.score[0], "is_std": a.score and a.score[1],
-            "variance": trace_a / trace_b if trace_b else None,         # below 1: less variety
+            "variance": variances[0] / variances[1] if variances[1] else None,  # below 1: less
             "variety": variety(a, b), "n": [a.n, b.n], "features": features, "resize": how}
 
 
@@ -344,9 +344,9 @@ def in_words(result, splits):
         much = f"about {result['bias']:.2g}" if known else "too few to say how much"
         lines += [f"biased upward by fewer than 50,000 images: {much}"]
     if result["is_mean"]:
-        few = (result["n"][0] or 0) < 10 * splits
-        lines += [f"{result['is']} {result['is_mean']:.3f} ± {result['is_std']:.3f}" + few * (
-            f"; fewer than 10 images in each of {splits} splits make it too low")]
+        lines += [f"{result['is']} {result['is_mean']:.3f} ± {result['is_std']:.3f}"]
+        if (result["n"][0] or 0) < 10 * splits:
+            lines[-1] += f"; fewer than 10 images in each of {splits} splits make it too low"
     if result["variance"]:
         lines += [f"variance {result['variance']:.3f} of the reference's"]
     words = ("precision {precision:.3f}  recall {recall:.3f}  density {density:.3f}  "
