@@ -57,7 +57,7 @@ def matmul_peak(device, dtype):
 def network(name, size, channels):
     """Return a network of random weights: a name of ncsnpp.CONFIGS, or "adm"."""
     if name != "adm":
-        return EDMPrecond(resolution=size, channels=channels, **CONFIGS[name])
+        return EDMPrecond(**CONFIGS[name] | dict(resolution=size, channels=channels))
     sys.path.append(str(Path(__file__).parent / "examples/imagenet64"))
     import adm
     config = adm.CONFIGS["compact-adm"] | dict(resolution=size, channels=channels)

@@ -1,4 +1,7 @@
 """ADM against recorded outputs of the reference implementation, and Algorithm 1 on a tiny one."""
+import copy
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,10 +12,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import distill                                                          # noqa: E402
 import ncsnpp                                                           # noqa: E402
+from cifar_distill import Config, Distiller                             # noqa: E402
+from data import save_images                                            # noqa: E402
+from edm import load_teacher, sample                                    # noqa: E402
 from adm import CONFIGS, ADMPrecond, configuration                      # noqa: E402
+from test_edm import official                                           # noqa: E402
 from test_ncsnpp import FIXTURE, fill, inputs                           # noqa: E402
 
+torch.set_num_threads(1)
 TINY = dict(resolution=8, label_dim=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
             attn_resolutions=[4], dropout=0.0)
 close = torch.testing.assert_close
@@ -90,3 +99,140 @@ def test_which_network_has_these_tensors():
         configuration(ddpmpp)
     with pytest.raises(ValueError, match="multiples of 2, such as 6 or 8, not 7"):
         ADMPrecond(**TINY | dict(resolution=7))
+
+
+def test_a_pickle_of_edms_code(tmp_path):
+    """It is recognised by its tensors, and none of its code runs."""
+    net, x, sigma, c = fill(ADMPrecond(**TINY)), *inputs(size=8), torch.eye(3)
+    (tmp_path / "edm.pkl").write_bytes(official(net))
+    loaded = load_teacher(tmp_path / "edm.pkl")
+    assert isinstance(loaded, ADMPrecond)
+    close(loaded(x, sigma, c), net(x, sigma, c), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------- distilling it
+
+def teacher():
+    """A tiny network of random weights: its update is as exact as a trained one's."""
+    return fill(ADMPrecond(**TINY)).requires_grad_(False)
+
+
+def pictures(n=60):
+    """uint8 images of three classes, which differ in colour."""
+    images = torch.randint(0, 60, (n, 3, 8, 8), generator=torch.manual_seed(0))
+    labels = torch.arange(n) % 3
+    images[torch.arange(n), labels] += 180
+    return images.to(torch.uint8), labels
+
+
+def test_update_is_eq_4_and_line_13():
+    """Image by image, from the scores and the ratio: with LR, h''(r) r = 1 / (1 + r) = sigmoid(l)
+    of the classifier's logit l, and the adversarial loss is -log sigmoid(l)."""
+    cfg = Config(h="lr", batch=8, wait_kimg=0.0, norm="batch", clip=50.0, ess=0.0, gan=0.3,
+                 sigma_init=80.0, device="cpu")
+    d = Distiller(cfg, teacher(), *pictures())
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():               # the fake score and the generator have left the teacher
+        for p in [*d.fake.parameters(), *d.G.parameters()]:
+            p += 0.05 * torch.randn(p.shape, generator=g) * p.abs().mean()
+    state, G, fake = d.generator.get_state(), copy.deepcopy(d.G), copy.deepcopy(d.fake)
+    b = d.sample_batch()
+    d.generator.set_state(state)
+    d.step()
+
+    params, terms, pushes, weights = list(G.parameters()), [], [], []
+    for i in range(8):
+        sigma, c = b.sigma[i:i + 1], b.c[i:i + 1]
+        x = G(80 * b.z[i:i + 1], 80.0, c)
+        x_t = (x + sigma * b.noise[i]).detach().requires_grad_()
+        D_fake, logits = fake(x_t, sigma, c, return_logits=True)
+        D_real = d.teacher(x_t, sigma, c)
+        s_fake, s_real = ((D - x_t) / sigma ** 2 for D in (D_fake, D_real))
+        w_t = sigma * (sigma ** 2 + 0.25).sqrt() / 0.5          # sigma^2 / c_out
+        push, = torch.autograd.grad(-logits.mean().sigmoid().log(), x_t)
+        terms.append(torch.autograd.grad(x, params, (w_t * (s_fake - s_real)).detach(),
+                                         retain_graph=True))
+        pushes.append(torch.autograd.grad(x, params, push))
+        weights.append(logits.mean().sigmoid().item())
+    mean = sum(weights) / 8
+    for j, p in enumerate(d.G.parameters()):
+        expected = sum(w / mean * t[j] / x.numel() + 0.3 * u[j]
+                       for w, t, u in zip(weights, terms, pushes)) / 8
+        size = max(g.abs().max() for g in (q.grad for q in d.G.parameters()))
+        close(p.grad, expected, rtol=0, atol=2e-4 * size.item())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny teacher, images with labels, and a run of 20 steps by the command."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    torch.save(teacher().state_dict(), folder / "teacher.pt")
+    save_images(pictures()[0], folder / "images.zip", pictures()[1])
+    assert distill.main(options(folder, "run", 20)) == 0
+    return folder
+
+
+def options(folder, out, steps, **more):
+    """The command's options for a small run."""
+    how = dict(teacher=folder / "teacher.pt", data=folder / "images.zip", reference=folder /
+               "images.zip", out=folder / out, kimg=0.02 * steps, batch=20, lr_g=1e-3, lr_f=1e-3,
+               features="compact", eval_n=12, preview=6, device="cpu", amp="no") | more
+    return [word for k, v in how.items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_from_start_to_end(files):
+    state = checkpoint(files / "run")
+    first, last = state["rows"]
+    assert last["kimg"] == 0.4 and last["to_data"] != first["to_data"] and state["updates"] == 20
+    steps = {int(v["step"]) for v in state["opt_f"]["state"].values()}
+    assert steps == {80}                                        # four of the fake score for one
+    student = load_teacher(files / "run/student.pt")            # recognised by its tensors
+    assert isinstance(student, ADMPrecond) and student.sigma_init == 80
+    assert student.label_dim == 3 and student.resolution == 8
+    assert not torch.equal(student.model.out_conv.weight, teacher().model.out_conv.weight)
+    images = sample(student, 6, seed=1)
+    assert images.shape == (6, 3, 8, 8) and images.float().std() > 1
+
+
+def test_two_processes_are_one(files):
+    """The first step, whose Adam's step does not depend on the gradient's size, and the sums that
+    are logged of four."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    how = dict(lr_g=1e-6, lr_f=1e-6)
+    assert distill.main(options(files, "one", 4, **how)) == 0
+    done = subprocess.run([sys.executable, *launch, HERE / "distill.py",
+                           *options(files, "two", 4, **how)], capture_output=True, text=True,
+                          timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint(files / name) for name in ("one", "two"))
+    for name in ("grad_g", "grad_f", "log_r", "log_r_std", "ess", "loss_score", "loss_class"):
+        assert two["rows"][-1][name] == pytest.approx(one["rows"][-1][name], rel=1e-4), name
+    assert torch.equal(one["generator"], two["generator"])
+    moments = [[v["exp_avg"] for v in state["opt_g"]["state"].values()] for state in (one, two)]
+    size = max(m.abs().max().item() for m in moments[0])
+    for a, b in zip(*moments, strict=True):
+        close(b, a, rtol=0, atol=1e-3 * size)
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(data="small.zip"), r"\(3, 4, 4\).*\(3, 8, 8\)"),
+    (dict(data="unlabelled.npz"), "no labels"),
+    (dict(data="classes.npz"), "from 0 to 3; the network knows 0 to 2"),
+    (dict(reference="imagenet-64x64.npz"), "fetch it from https://nvlabs"),
+    (dict(teacher="broken.pt"), "broken.pt: model.out_conv.bias is missing"),
+])
+def test_bad_input(files, monkeypatch, more, message):
+    monkeypatch.chdir(files)
+    images, labels = pictures()
+    save_images(images[:, :, :4, :4], "small.zip", labels)
+    save_images(images, "unlabelled.npz")
+    save_images(images, "classes.npz", torch.arange(60) % 4)
+    state = teacher().state_dict()
+    del state["model.out_conv.bias"]
+    torch.save(state, "broken.pt")
+    with pytest.raises((ValueError, OSError), match=message):
+        distill.main(options(files, "bad", 4, **more))
