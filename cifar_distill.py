@@ -52,7 +52,8 @@ class Config:
                                 # features, or "none"; "own": TEACHER_compact.npz, where it exists
     reference: str = "own"      # the images to judge by, as fid.py takes them; "own": --data where
                                 # it is given, else what the teacher was trained on
-    resize: Literal["clean", "tf"] = "clean"    # how images come to the features' size, see fid.py
+    resize: Literal["", "clean", "tf"] = ""     # how images come to the features' size, see fid.py:
+                                # clean, unless a reference of statistics alone asks for a word
     features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
     kimg: positive = 16.0       # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
@@ -80,7 +81,7 @@ class Config:
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none
     seed: whole = 0             # of all random numbers
-    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1, mps
+    device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, mps
     amp: Literal["no", "bf16", "fp16"] = "no"   # autocast
     gradient_checkpointing: bool = False    # computes features twice, to keep fewer of them
     eval_every: positive = 4.0  # kimg between rows of log.csv, grids and curve.png
@@ -117,7 +118,7 @@ PRESETS = {
         h="sba", lam=5.0, teacher="edm-cifar10-32x32-uncond-vp", guide="none", data="cifar10",
         kimg=15_000, batch=256, lr_g=1e-5, lr_f=1e-5, decay_kimg=0, wait_kimg=100, ema_kimg=500,
         p_mean=-1.2, p_std=1.2, norm="batch", w_t="dmd", t_min=0.0, clip=10, ess=0.0, grad_clip=1.0,
-        features="inception", eval_every=1000, eval_n=50_000, save_every=250),
+        features="inception", resize="clean", eval_every=1000, eval_n=50_000, save_every=250),
 }
 
 

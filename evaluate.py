@@ -82,7 +82,7 @@ def teacher_samples(cfg):
     weights serve only for the guidance and the resize with which they were made."""
     found = beside(cfg.teacher, cfg.teacher_samples, f"_{cfg.features}.npz")
     if found and cfg.teacher_samples == "own":
-        if not usual_guidance(cfg) or fid.load(found).resize not in (None, cfg.resize):
+        if not usual_guidance(cfg) or fid.load(found).resize not in (None, cfg.resize or "clean"):
             print(f"{found} was made with another guidance or resize than these options, so "
                   "nothing is compared with it; --teacher-samples names others", file=sys.stderr)
             return None
@@ -96,7 +96,7 @@ class Evaluator:
 
     def __init__(self, cfg, out, distiller, source):
         self.cfg, self.out, self.d, self.start = cfg, out, distiller, time.monotonic()
-        self.printed = False
+        self.printed, self.resize = False, cfg.resize or "clean"
         self.net = fid.load_net(cfg.features).to(cfg.device)
         self.name, record = fid.NAMES[cfg.features][0], distiller.teacher.record
         reference = cfg.reference
@@ -104,14 +104,16 @@ class Evaluator:
             reference = record.get("data", "cifar10") if cfg.data == "own" else cfg.data
         self.against = Path(reference).stem             # what "to the data" means in this run
         if reference == source != "cifar10":            # then they are read already
-            self.data = fid.measure(distiller.images, self.net, cfg.resize)
+            self.data = fid.measure(distiller.images, self.net, self.resize)
         elif reference == record.get("data") != "cifar10":
             images, _ = load_images(reference, size=record.get("size"))
-            self.data = fid.measure(images, self.net, cfg.resize)
+            self.data = fid.measure(images, self.net, self.resize)
         else:
-            self.data = fid.measure_source(reference, self.net, how=cfg.resize)
+            self.data = fid.measure_source(reference, self.net, how=cfg.resize or None)
         samples = teacher_samples(cfg)
-        self.teacher = fid.measure_source(samples, self.net, how=cfg.resize) if samples else None
+        self.teacher = None
+        if samples:
+            self.teacher = fid.measure_source(samples, self.net, how=cfg.resize or None)
         self.key = "to_teacher" if self.teacher else "to_data"
         self.floor = self.teachers_own()
         self.rows_of = dict(classes=distiller.teacher.label_dim)
@@ -126,8 +128,11 @@ class Evaluator:
                          for m in (self.data, self.teacher))
         parameters = sum(p.numel() for p in self.d.G.parameters()) / 1e6
         threads = f", {torch.get_num_threads()} threads" if cfg.device == "cpu" else ""
-        return (f"{self.name} ({cfg.resize} resize) of {cfg.eval_n:,} samples to {self.against} "
-                f"({data})" + (f" and to the teacher's samples ({teacher})" if teacher else "")
+        view = ""
+        if cfg.features == "compact" and self.d.images.shape[1:] != (3, 32, 32):
+            view = ", a CIFAR-10 classifier's view at 32 x 32 pixels"
+        return (f"{self.name} ({self.resize} resize{view}) of {cfg.eval_n:,} samples to "
+                f"{self.against} ({data})" + (f" and to the teacher's samples ({teacher})" if teacher else "")
                 + f"; networks of {parameters:.3g} M parameters on {cfg.device}{threads}")
 
     def row(self, rows):
@@ -135,11 +140,11 @@ class Evaluator:
         cfg, d = self.cfg, self.d
         images = sample(d.ema, cfg.eval_n, sigma_init=cfg.sigma_init,
                         progress=f"drawing {cfg.eval_n:,} samples to measure")
-        row = self.compare(fid.measure(images, self.net, cfg.resize))
+        row = self.compare(fid.measure(images, self.net, self.resize))
         save_grid(images[:cfg.preview], self.out / f"grid_{d.seen:09}.png",
                   classes=d.teacher.label_dim)
         curve(rows + [row | {"kimg": d.seen / 1e3}], self.floor,
-              f"{self.name}, {cfg.resize} resize", self.out / "curve.png",
+              f"{self.name}, {self.resize} resize", self.out / "curve.png",
               {"to_data": self.against})
         row |= d.averages()
         self.print_row(row)
@@ -197,7 +202,7 @@ class Evaluator:
         side_by_side({f"teacher: 35 evaluations{guided}": teachers,
                       "student: 1 evaluation, same noise": students[:n]},
                      self.out / "samples.png", **self.rows_of)
-        result = {"distance": self.name, "resize": cfg.resize, "reference": self.against,
+        result = {"distance": self.name, "resize": self.resize, "reference": self.against,
                   "n": [cfg.eval_n, self.data.n, self.teacher and self.teacher.n],
                   "before": first, "after": last, "teacher": self.floor, "images": d.seen,
                   "seconds": last["seconds"], "seconds_per_image": fast,
