@@ -285,11 +285,11 @@ def beside(teacher, name, ending):
     return own if Path(own).exists() else None
 
 
-# --------------------------------------------------------------- what a file holds, and no code
+# ------------------------------------------------ what is in a file: read as data, never run
 
 def read_file(path):
-    """Return the state dict in a file of weights, and the record of what the file says beside it.
-    Raises ValueError, which says what it is instead."""
+    """Return the state dict in a file of weights, and the record of what the file says of itself.
+    Raises ValueError, which says what the file is instead and what to do."""
     with open(path, "rb") as f:
         head = f.read(200)
     if head.startswith(b"version https://git-lfs"):

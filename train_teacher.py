@@ -3,7 +3,7 @@
     python train_teacher.py --data photos --size 32 --out runs/mine     # a folder of photos
     python train_teacher.py --data photos --size 32 --out runs/mine --resume --kimg 2000
     python train_teacher.py --no-labels --kimg 3000 --decay 600 --out runs/teacher      # CIFAR-10
-    python train_teacher.py --data digits.npz --size 16 --no-flip --kimg 60 --decay 20 \\
+    python train_teacher.py --data course/digits.npz --size 16 --no-flip --kimg 60 --decay 20 \\
         --out runs/digits                                   # two to four minutes on one core
     python train_teacher.py --init pretrained/compact_teacher.pt --lr 6e-3 --label-dropout 0.1 \\
         --kimg 1000 --decay 400 --out runs/classes          # from the weights of another teacher

@@ -257,7 +257,7 @@ def test_command_line_trains_and_resumes(folder, monkeypatch, capsys):
 
 
 def test_a_run_in_a_notebook_leaves_the_rest_as_it_was(folder):
-    """It takes a text for its folder, runs in a thread, and draws no random number of the host's."""
+    """It takes a text for its folder, runs in a thread, and takes none of the host's noise."""
     cfg = TrainConfig(**TINY | dict(data=str(folder / "images.npz"), kimg=0.008))
     before = torch.get_rng_state()
     with ThreadPoolExecutor() as pool:
