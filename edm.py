@@ -300,9 +300,11 @@ def read_file(path):
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
+            return unwrap(load_file(path))
         except ImportError:
             raise ValueError(f"{path}: pip install safetensors, to read it") from None
-        return unwrap(load_file(path))
+        except Exception as e:                      # of the library's own kind
+            raise ValueError(f"{path}: broken: {e}") from e
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
