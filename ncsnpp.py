@@ -60,11 +60,11 @@ def per_image(sigma, x):
 
 # ---------------------------------------------------------------------------------- its parts
 
-def resample(x, direction, f, padding=None):
-    """Halve ("down") or double ("up") the images x, (N, C, H, W).
+def resample(x, direction, f, padding=None):                    # x (N, C, H, W)
+    """Return features of half ("down") or twice ("up") the size.
 
-    Each channel is filtered by f, (1, 1, taps, taps), with stride 2; up it is the transpose, times
-    4, since a pixel becomes four. padding: (taps - 1) // 2 on each side, which halves exactly.
+    Each channel is filtered by f, (1, 1, taps, taps), with stride 2; "up" is the transpose of that,
+    times 4, since a pixel becomes four. padding: on each side, (taps - 1) // 2 where it is None.
     """
     taps, channels = f.shape[-1], x.shape[1]
     if taps == 2:                                               # [1, 1]: both are a plain box
@@ -85,7 +85,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(cin, cout, kernel, padding=kernel // 2 if padding is None else padding)
         nn.init.xavier_uniform_(self.weight)                    # Song et al.: fan_avg, uniform
         nn.init.zeros_(self.bias)
-        self.resample = resample
+        self.direction = resample
         if resample:
             taps = torch.tensor(taps, dtype=torch.float32)
             taps = taps.outer(taps) / taps.sum() ** 2
@@ -94,8 +94,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x, gain=1.0):                             # x (N, cin, H, W)
         """Return gain times the convolution of x, resampled. Scaling the weight costs less than
         scaling the features."""
-        if self.resample:
-            x = resample(x, self.resample, self.resample_filter)
+        if self.direction:
+            x = resample(x, self.direction, self.resample_filter)
         if gain == 1.0:
             return self._conv_forward(x, self.weight, self.bias)
         return self._conv_forward(x, self.weight * gain, self.bias * gain)
@@ -106,11 +106,11 @@ class PyramidConv2d(Conv2d):
 
     def forward(self, x):                                       # (N, cin, H, W)
         x = self._conv_forward(x, self.weight, self.bias)       # of H + 2 by W + 2
-        return resample(x, self.resample, self.resample_filter, padding=0)
+        return resample(x, self.direction, self.resample_filter, padding=0)
 
 
 def group_norm(channels, eps=1e-6):
-    """Return the normalisation in front of every convolution."""
+    """Return the normalisation in groups of at least 4 channels, at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -303,7 +303,7 @@ class Denoiser(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), EDM Eq. (7) and Table 1.
 
     model: F, a U-Net in two halves: embed(c_noise, c), encode(x, emb, run), decode(skips, emb, run)
-    as UNet has them. sigma_data: the standard deviation of the images' numbers.
+    as UNet has them. sigma_data: the standard deviation of the pixels.
     """
     gradient_checkpointing = False      # True: less memory in training, and a forward pass more
 
