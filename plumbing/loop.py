@@ -86,12 +86,14 @@ def save(obj, path):
 def load(path):
     """Return what save() wrote: tensors and plain values, and never code. Raises ValueError, which
     names the file, for anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:                      # torch raises many kinds for a broken file
-        raise ValueError(f"{path}: broken, or it holds more than tensors and plain values") from e
+    with open(path, "rb") as f:                 # its OSError names the file
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as e:                  # torch raises many kinds for a broken file
+            raise ValueError(f"{path}: broken, or it holds more than tensors and plain values"
+                             ) from e
 
 
 @contextlib.contextmanager

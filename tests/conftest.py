@@ -1,4 +1,4 @@
-"""Lets the tests import the project from wherever pytest is started, on one thread each: two that
+"""Let the tests import the project from wherever pytest is started, on one thread each: two that
 wait for each other on a busy machine are ten times slower."""
 import os
 import sys

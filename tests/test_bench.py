@@ -4,28 +4,34 @@ import math
 import pytest
 
 import bench
-from ncsnpp import CONFIGS
+from ncsnpp import CONFIGS, EDMPrecond
 from test_cifar_distill import TINY
 
-NETS = {"tiny": TINY, "tiny-cond": TINY | dict(label_dim=10)}
 
-
-def test_the_table(monkeypatch, capsys):
+@pytest.mark.parametrize("more, size", [([], 32), (["--size", "16", "--channels", "1"], 16)])
+def test_the_table(monkeypatch, capsys, more, size):
+    """For grey images of another size, too."""
     monkeypatch.setattr(bench, "tune_cpu", lambda: None)
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1.0)     # takes seconds
-    for name, kwargs in NETS.items():
+    made = []
+    monkeypatch.setattr(bench, "EDMPrecond",
+                        lambda **how: made.append(EDMPrecond(**how)) or made[-1])
+    nets = {"tiny": TINY, "tiny-cond": TINY | dict(label_dim=10)}
+    for name, kwargs in nets.items():
         monkeypatch.setitem(CONFIGS, name, kwargs)
-    assert bench.main(["--net", "tiny", "tiny-cond", "--batch", "2", "--amp", "no", "bf16",
-                       "--device", "cpu", "--rounds", "1", "--frechet", "8"]) == 0
+    assert bench.main(["--net", *nets, "--batch", "2", "--amp", "no", "bf16", "--device", "cpu",
+                       "--rounds", "1", "--frechet", "8", *more]) == 0
     out = capsys.readouterr().out
     head, rule, *rows = [line.strip("|").split("|") for line in out.splitlines() if "|" in line]
     assert len(rows) == 4 and [cell.strip() for cell in head] == list(bench.HEAD)
     assert {len(r) for r in (head, rule, *rows)} == {len(bench.HEAD)}
     for row in rows:
         name, batch, precision, *numbers = (cell.strip() for cell in row)
-        assert name in NETS and batch == "2" and precision in ("fp32", "bf16")
+        assert name in [f"{net} {size}" for net in nets] and batch == "2"
+        assert precision in ("fp32", "bf16")
         numbers = [float(cell.rstrip("%")) for cell in numbers]
         assert all(math.isfinite(v) and v >= 0 for v in numbers) and max(numbers) > 0
+    assert {(net.resolution, net.channels) for net in made} == {(size, 1 if more else 3)}
     assert "frechet in 8 dimensions" in out
 
 
@@ -37,10 +43,10 @@ def test_medians_take_turns():
     assert "".join(calls) == "ab" * 4 and set(times) == {"a", "b"}
 
 
-def test_help_and_bad_options(capsys):
-    with pytest.raises(SystemExit) as e:
-        bench.main(["--rounds", "0"])
-    assert e.value.code == 2 and "--rounds" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main(["--help"])
-    assert "medians" not in capsys.readouterr().err
+def test_bad_options(capsys):
+    for argv, reason in ((["--rounds", "0"], "--rounds"), (["--net", "huge"], "--net")):
+        with pytest.raises(SystemExit) as e:
+            bench.main(argv)
+        assert e.value.code == 2 and reason in capsys.readouterr().err
+    with pytest.raises(ValueError, match="fp16 is 40 times slower on a CPU"):
+        bench.main(["--amp", "fp16", "--device", "cpu"])
