@@ -49,417 +49,7 @@ ARRAYS = (                          # the names of images and labels in an .npz,
     {s: (f"{s}_images", f"{s}_labels") for s in ("train", "val", "test")})      # MedMNIST
 
 
-# ------------------------------------------------------------------------------------- downloads
-
-def cache(write=False):
-    """Return the folder of downloads: $DI_BREGMAN_CACHE, else ~/.cache/di-bregman. write: make it.
-    Raises OSError, which names the variable, where there is no home or one can't write."""
-    try:
-        folder = Path(os.environ.get("DI_BREGMAN_CACHE") or "~/.cache/di-bregman").expanduser()
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} is read-only")
-    except (RuntimeError, OSError) as e:                        # RuntimeError: no home
-        raise OSError(f"no folder for downloads ({e}): set DI_BREGMAN_CACHE to one that can be "
-                      "written") from e
-    return folder
-
-
-def download(url, sha256=""):
-    """Return the path of the file at `url` in cache(), fetched once; one put there by hand will do.
-
-    sha256: hexadecimal, "" where the publisher's is not known. Raises OSError where the file can't
-    be fetched or kept, ValueError for a kept file that is another one; both say what to do.
-    """
-    path = cache() / url.split("?")[0].rsplit("/", 1)[-1]
-    if path.exists():
-        try:
-            check_download(path, sha256)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}; delete it to download it again") from e
-        return path
-    cache(write=True)
-    with atomic(path) as tmp:
-        try:
-            torch.hub.download_url_to_file(url, tmp)
-            check_download(tmp, sha256)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            reason = " ".join(str(getattr(e, "reason", e)).split()) or type(e).__name__
-            raise OSError(f"can't download {url} ({reason}); fetch it elsewhere and put it at "
-                          f"{path}") from e
-    return path
-
-
-def check_download(path, sha256):
-    """Raise ValueError unless the file is its publisher's, as far as one can tell."""
-    with open(path, "rb") as f:
-        start = f.read(100).lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
-        f.seek(0)
-        got = hashlib.file_digest(f, "sha256").hexdigest()
-    if start.startswith((b"<!doctype", b"<html")):
-        raise ValueError("a web page came instead of the file")
-    if not start:
-        raise ValueError("it is empty")
-    if sha256 and got != sha256:
-        raise ValueError(f"its sha256 is {got}, expected {sha256}")
-
-
-# ------------------------------------------------------------------------------------ one image
-
-def open_image(file, done=None):
-    """Return an image file as an upright Pillow image, of mode L where it is grey and else RGB.
-
-    Transparency is laid on white, and 16 bits a channel give their high byte. file: a path or an
-    open binary file. done: a set, to which what was done is added, in words. Raises ValueError or
-    OSError, naming the path.
-    """
-    done = set() if done is None else done
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            stored = str(image.tile)                        # Pillow's mode hides 16 bits, and LA
-            mode = "L" if image.mode[0] in "1LI" or "LA;16B" in stored else "RGB"
-            if ";16B" in stored:
-                done.add("16 bits cut to their high byte")
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                done.add("turned upright by EXIF")
-                image = ImageOps.exif_transpose(image)
-            if image.mode[0] == "I":                        # Pillow's conversion to L would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                if image.getextrema()[3][0] < 255:
-                    done.add("transparency laid on white")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert(mode)
-    except Exception as e:                      # each decoder raises its own for a broken file
-        if isinstance(e, OSError) and e.filename:
-            raise
-        unknown = isinstance(e, UnidentifiedImageError)     # whose message is an address in memory
-        reason = "not a PNG, JPEG, WebP or BMP" if unknown else str(e) or type(e).__name__
-        raise ValueError(reason if hasattr(file, "read") else f"{file}: {reason}") from e
-
-
-def middle_square(image, size, done):
-    """Return the middle square of a Pillow image, resized to size x size by Lanczos."""
-    if image.size == (size, size):
-        return image
-    done.add(f"middle squares resized to {size} x {size}")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def to_pillow(image):
-    """Return a Pillow image of uint8 (C, H, W)."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-
-
-def from_pillow(image):
-    """Return uint8 (C, H, W) of a Pillow image of mode L or RGB."""
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-
-
-# -------------------------------------------------------------------------- CIFAR-10 and arrays
-
-class Arrays(pickle.Unpickler):
-    """Reads pickles of numpy's arrays and plain values, and calls nothing else that one names."""
-    ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-                ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
-
-    def find_class(self, module, name):
-        known = module.replace("numpy._core", "numpy.core"), name
-        if known not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
-        return self.ADMITTED[known]
-
-
-def read_cifar10(files, read, split):
-    """Return the images and labels of CIFAR-10's batches: records of 1 label byte and 3 x 32 x 32
-    image bytes, or torchvision's pickles. files: {a batch's name: what read() takes}."""
-    ending = ".bin" if "data_batch_1.bin" in files else ""
-    batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
-    images, labels = [], []
-    for name in (batch + ending for batch in batches):
-        if name not in files:
-            raise ValueError(f"no {name} in it")
-        blob = read(files[name])
-        if ending:
-            if not blob or len(blob) % 3073:
-                raise ValueError(f"{name} has {len(blob):,} bytes, not records of 3,073")
-            records = np.frombuffer(blob, np.uint8).reshape(-1, 3073)
-            batch = {"data": records[:, 1:], "labels": records[:, 0]}
-        else:
-            batch = Arrays(io.BytesIO(blob), encoding="latin1").load()
-        images.append(batch["data"])
-        labels.append(batch["labels"])
-    return np.concatenate(images).reshape(-1, 3, 32, 32), np.concatenate(labels)
-
-
-def choose_split(split, found, done):
-    """Return which of the splits that were found is meant: val is the test where there is none."""
-    name = "val" if split == "test" and "test" not in found else split
-    if name not in found:
-        raise ValueError(f"no {split} images in it, only {' and '.join(sorted(found))}")
-    if len(found) > 1:
-        done.add(f"the split {name} (of {', '.join(sorted(found))})")
-    return name
-
-
-def read_arrays(path, split, done):
-    """Return the images (N, C, H, W) of an .npy or .npz, the labels or None, and their name."""
-    large = path.stat().st_size >= MAPPED
-    try:
-        stored = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
-    except (ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError("not an array of numbers as numpy writes them") from e
-    if isinstance(stored, np.ndarray):
-        stored = {"images": stored}
-    keys = set(stored) - {"mu", "sigma", "mu_s", "sigma_s"}     # ADM's statistics of its images
-    known = [splits for splits in ARRAYS if keys <= set(itertools.chain(*splits.values()))]
-    if not keys or not known:
-        raise ValueError(f"its arrays are called {', '.join(stored) or 'nothing'}: call them images "
-                         "and labels, or x_train, y_train, x_test and y_test")
-    found = {s: names for s, names in known[0].items() if names[0] in keys}
-    name, labels = found[choose_split(split, found, done)]
-    array = images = stored[name]
-    if array.ndim == 3 and array.shape[2] > 4:                  # else it is one image (H, W, C)
-        images = array[:, None]
-    elif array.ndim == 4 and array.shape[1] not in (1, 3):
-        images = array.transpose(0, 3, 1, 2)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{name} is {array.dtype} {array.shape}, not uint8 from 0 to 255 as "
-                         "(N, H, W), (N, C, H, W) or (N, H, W, C), where C is 1 or 3")
-    images = images if large else np.ascontiguousarray(images)
-    return images, stored[labels] if labels in keys else None, labels
-
-
-# ---------------------------------------------------------------------------------- image files
-
-def walk(folder, name="", above=()):
-    """Yield name and path of all files in a folder, through links but never round in a circle."""
-    here = os.path.realpath(folder)
-    for entry in os.scandir(folder) if here not in above else ():
-        if entry.is_dir():
-            yield from walk(entry.path, f"{name}{entry.name}/", (*above, here))
-        else:
-            yield name + entry.name, entry.path
-
-
-def visible(found):
-    """Return {name: file}, with / in the names, without hidden files and a Mac's __MACOSX."""
-    files = {}
-    for name, file in found:
-        parts = [p for p in name.replace("\\", "/").split("/") if p not in ("", ".")]
-        if not any(p.startswith(".") or p == "__MACOSX" for p in parts):
-            files["/".join(parts)] = file
-    return files
-
-
-@contextlib.contextmanager
-def open_files(path):
-    """Yield {name: file} of a folder, of an archive or of one image; read(file), which returns its
-    bytes; and stamp(file), which tells it from others unread (None for a .tar)."""
-    def of_disk(file):
-        return os.stat(file).st_size, os.stat(file).st_mtime_ns
-
-    if path.is_dir() or path.suffix.lower() in SUFFIXES:
-        found = walk(path) if path.is_dir() else [(path.name, path)]
-        yield visible(found), lambda file: Path(file).read_bytes(), of_disk
-    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            found = ((m.filename, m) for m in z.infolist() if not m.is_dir())
-            yield visible(found), z.read, lambda m: (m.file_size, m.CRC)
-    elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as tar:
-            found = ((m.name, m) for m in tar if m.isfile())
-            yield visible(found), lambda m: tar.extractfile(m).read(), None
-    else:
-        raise ValueError("neither a folder, .zip, .npy or .npz of images, nor CIFAR-10's archive")
-
-
-def in_split(names, split, done):
-    """Return {name: the folders it lies in, but for those around all} of all images, and the names
-    of those in the split, sorted: all where there are no folders of splits."""
-    folders = {name: name.split("/")[:-1] for name in names}
-    around = os.path.commonprefix(list(folders.values()))
-    depth = next((i for i, f in enumerate(around) if f.lower() in SPLITS), len(around))
-    folders = {name: f[depth:] for name, f in folders.items()}
-    splits = {name: SPLITS.get(f[0].lower()) if f else None for name, f in folders.items()}
-    if not any(splits.values()):
-        choose_split(split, ["train"], done)
-        return folders, sorted(names)
-    for name in names:
-        if not splits[name]:
-            raise ValueError(f"{name} lies beside the folders of splits: move it into one, or out")
-    chosen = choose_split(split, set(splits.values()), done)
-    around = os.path.commonprefix([f[1:] for f in folders.values()])
-    folders = {name: f[1 + len(around):] for name, f in folders.items()}
-    return folders, sorted(name for name in names if splits[name] == chosen)
-
-
-def folder_labels(folders, names):
-    """Return the names sorted by class, and their labels, or None where folders are no classes. The
-    outermost folder is an image's class; all splits number the classes alike."""
-    tops = {f[0] for f in folders.values() if f}
-    classes = sorted(tops, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
-    if len(classes) < 2 or not any(folders[name] for name in names):
-        return names, None
-    for name in names:
-        if not folders[name]:
-            raise ValueError(f"{name} lies beside folders of classes, as {classes[0]}: move it into "
-                             "one, or out")
-    if all(f[1:] and f[1].lower() in SPLITS for f in folders.values()):
-        raise ValueError(f"{names[0]}: train and test must lie around the classes, not inside")
-    label = {c: i for i, c in enumerate(classes)}
-    names = sorted(names, key=lambda name: (label[folders[name][0]], name))
-    return names, [label[folders[name][0]] for name in names]
-
-
-def listed_labels(name, blob, names):
-    """Return the labels of images in a dataset.json, or None where it has null. name: its own."""
-    folder = name.removesuffix("dataset.json")
-    try:
-        pairs = json.loads(blob)["labels"]
-        labels = {folder + image.replace("\\", "/"): label for image, label in pairs or ()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{name} is not EDM\'s {{"labels": [[image, integer], ...]}}: mend it, or '
-                         "take it away") from e
-    if pairs is None:
-        return None
-    for image in names:
-        if type(labels.get(image)) is not int:
-            raise ValueError(f"{name} has no integer as the label of {image}")
-    return [labels[image] for image in names]
-
-
-class Coloured(Exception):
-    """An image in colour, in a set that began with grey ones."""
-
-
-def decode(files, read, names, size, done, grey=None):
-    """Yield the images, uint8 (C, H, W), of one channel if `grey`; None: as the first one is.
-    Raises ValueError that names an image of another size, or at the end the first broken one."""
-    broken, first = [], None
-    for name in tqdm(names, "decoding", unit="img", delay=2, disable=rank() > 0, leave=False):
-        try:
-            image = open_image(io.BytesIO(read(files[name])), done)
-        except Exception as e:
-            broken.append(f"{name}: {e}")
-            continue
-        image = middle_square(image, size, done) if size else image
-        first = first or (name, image.width, image.height)
-        if image.size != first[1:]:
-            raise ValueError("{} is {} x {} pixels, ".format(*first) + f"{name} {image.width} x "
-                             f"{image.height}: --size N takes the middle square of each")
-        grey = image.mode == "L" if grey is None else grey
-        if grey and image.mode != "L":
-            raise Coloured
-        if not grey and image.mode == "L":
-            done.add("grey made RGB")
-            image = image.convert("RGB")
-        yield from_pillow(image)
-    if broken:
-        raise ValueError(f"{broken[0]} ({len(broken)} of {len(names)} images can't be read, the "
-                         f"other {len(names) - len(broken)} are fine)")
-
-
-def write_once(file, shape, images):
-    """Write an .npy of the images, unless another process is doing so: then wait for it."""
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
-        if fcntl:
-            with contextlib.suppress(OSError):                      # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.exists():
-            return
-        with atomic(file) as tmp, open(tmp, "wb") as f:     # a full disk kills who writes a memmap
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(f, header)
-            for image in images:
-                f.write(image.tobytes())
-
-
-def stack(path, stamps, images, n, done):
-    """Return n images of an iterator as one array (n, C, H, W): in memory or, of MAPPED bytes and
-    more, in a file that is written once, beside the set or in cache(), and memory-mapped. stamps:
-    what tells the set from others."""
-    first = next(images)
-    shape, images = (n, *first.shape), itertools.chain([first], images)
-    if math.prod(shape) < MAPPED:
-        pixels = np.empty(shape, np.uint8)
-        for i, image in enumerate(images):
-            pixels[i] = image
-        return pixels
-    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
-    file = path.resolve().with_name(f"{path.resolve().name}.{digest}.npy")
-    if not file.exists() and not (os.access(file.parent, os.W_OK) and
-                                  shutil.disk_usage(file.parent).free > math.prod(shape)):
-        file = cache(write=True) / file.name
-    if not file.exists():
-        write_once(file, shape, images)
-    done.add(f"memory-mapped from {file}")
-    return np.load(file, mmap_mode="c")
-
-
-def read_files(path, split, size, done):
-    """Return the images of a folder or archive, their labels or None, and where these are from."""
-    with open_files(path) as (files, read, stamp):
-        batches = {name.split("/")[-1]: file for name, file in files.items()}
-        if batches.keys() & {"data_batch_1", "data_batch_1.bin"}:
-            return *read_cifar10(batches, read, split), "CIFAR-10"
-        if stamp is None:
-            raise ValueError("of .tar archives only CIFAR-10's are read: unpack it")
-        names = [name for name in files if name.lower().endswith(SUFFIXES)]
-        others = Counter(os.path.splitext(name)[1].lower() for name in files)
-        done.update(f"{others[s]} {s} files are not read" for s in NOT_READ if others[s])
-        if not names:
-            raise ValueError("; ".join([f"no images in it ({', '.join(SUFFIXES)})", *sorted(done)]))
-        folders, names = in_split(names, split, done)
-        lists = [name for name in files if name.split("/")[-1] == "dataset.json"
-                 and all(image.startswith(name[:-len("dataset.json")]) for image in names)]
-        if lists:
-            where = max(lists, key=len)                         # the nearest to the images
-            labels = listed_labels(where, read(files[where]), names)
-        else:
-            where = "folders"
-            names, labels = folder_labels(folders, names)
-        stamps = [size, *((name, stamp(files[name])) for name in names)]
-        try:
-            images = stack(path, stamps, decode(files, read, names, size, done), len(names), done)
-        except Coloured:
-            images = decode(files, read, names, size, done, grey=False)
-            images = stack(path, stamps, images, len(names), done)
-        return images, labels, where
-
-
-# ------------------------------------------------------------------------------------------ sets
-
-def whole_labels(labels, n, where="labels"):
-    """Return labels, (n,) or (n, 1), as int64 (n,), or None. Raises ValueError for others."""
-    if labels is None:
-        return None
-    labels = np.asarray(labels)
-    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"{where}: {labels.dtype} {labels.shape}, but {n} images need as many "
-                         "labels, whole numbers from 0 on")
-    return torch.from_numpy(labels.reshape(n).astype(np.int64))
-
-
-def read_set(path, split, size, done):
-    """Return the images, the labels or None, and where these are from, of a set of any kind."""
-    if path.suffix.lower() in (".npy", ".npz"):
-        images, labels, where = read_arrays(path, split, done)
-    else:
-        images, labels, where = read_files(path, split, size, done)
-    if not len(images):
-        raise ValueError("no images in it")
-    if size and images.shape[2:] != (size, size):
-        squares = (from_pillow(middle_square(to_pillow(image), size, done)) for image in images)
-        stamps = [size, split, path.stat().st_size, path.stat().st_mtime_ns]
-        images = stack(path, stamps, squares, len(images), done)
-    return images, whole_labels(labels, len(images), where), where
-
+# ---------------------------------------------------------------------------------------- images in
 
 def load_images(source, split="train", size=None):
     """Return the images, uint8 [0, 255] (N, C, H, W), and their labels, int64 (N,), or None.
@@ -497,7 +87,33 @@ def load_images(source, split="train", size=None):
     return torch.from_numpy(images), labels
 
 
-# ------------------------------------------------------------------------------------ images out
+def read_set(path, split, size, done):
+    """Return the images, the labels or None, and where these are from, of a set of any kind."""
+    if path.suffix.lower() in (".npy", ".npz"):
+        images, labels, where = read_arrays(path, split, done)
+    else:
+        images, labels, where = read_files(path, split, size, done)
+    if not len(images):
+        raise ValueError("no images in it")
+    if size and images.shape[2:] != (size, size):
+        squares = (from_pillow(middle_square(to_pillow(image), size, done)) for image in images)
+        stamps = [size, split, path.stat().st_size, path.stat().st_mtime_ns]
+        images = stack(path, stamps, squares, len(images), done)
+    return images, whole_labels(labels, len(images), where), where
+
+
+def whole_labels(labels, n, where="labels"):
+    """Return labels, (n,) or (n, 1), as int64 (n,), or None. Raises ValueError for others."""
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"{where}: {labels.dtype} {labels.shape}, but {n} images need as many "
+                         "labels, whole numbers from 0 on")
+    return torch.from_numpy(labels.reshape(n).astype(np.int64))
+
+
+# --------------------------------------------------------------------------------------- images out
 
 def save_images(images, path, labels=None):
     """Write uint8 (N, C, H, W), and labels (N,) if there are any, as an .npz or, a quarter smaller,
@@ -553,3 +169,393 @@ def save_grid(images, path, columns=8, scale=3, classes=0):
     size = picture.width * scale, picture.height * scale
     with atomic(path) as tmp:
         picture.resize(size, Image.Resampling.NEAREST).save(tmp, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------- downloads
+
+def cache(write=False):
+    """Return the folder of downloads: $DI_BREGMAN_CACHE, else ~/.cache/di-bregman. write: make it.
+    Raises OSError, which names the variable, where there is no home or one can't write."""
+    try:
+        folder = Path(os.environ.get("DI_BREGMAN_CACHE") or "~/.cache/di-bregman").expanduser()
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} is read-only")
+    except (RuntimeError, OSError) as e:                        # RuntimeError: no home
+        raise OSError(f"no folder for downloads ({e}): set DI_BREGMAN_CACHE to one that can be "
+                      "written") from e
+    return folder
+
+
+def download(url, sha256=""):
+    """Return the path of the file at `url` in cache(), fetched once; one put there by hand will do.
+
+    sha256: hexadecimal, "" where the publisher's is not known. Raises OSError where the file can't
+    be fetched or kept, ValueError for a kept file that is another one; both say what to do.
+    """
+    path = cache() / url.split("?")[0].rsplit("/", 1)[-1]
+    if path.exists():
+        try:
+            check_download(path, sha256)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; delete it to download it again") from e
+        return path
+    cache(write=True)
+    with atomic(path) as tmp:
+        try:
+            torch.hub.download_url_to_file(url, tmp)
+            check_download(tmp, sha256)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            reason = " ".join(str(getattr(e, "reason", e)).split()) or type(e).__name__
+            raise OSError(f"can't download {url} ({reason}); fetch it elsewhere and put it at "
+                          f"{path}") from e
+    return path
+
+
+def check_download(path, sha256):
+    """Raise ValueError unless the file is its publisher's, as far as one can tell."""
+    with open(path, "rb") as f:
+        start = f.read(100).lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
+        f.seek(0)
+        got = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else ""
+    if start.startswith((b"<!doctype", b"<html")):
+        raise ValueError("a web page came instead of the file")
+    if not start:
+        raise ValueError("it is empty")
+    if sha256 and got != sha256:
+        raise ValueError(f"its sha256 is {got}, expected {sha256}")
+
+
+# ------------------------------------------------------------------------------ arrays and CIFAR-10
+
+def read_arrays(path, split, done):
+    """Return the images (N, C, H, W) of an .npy or .npz, the labels or None, and their name."""
+    large = path.stat().st_size >= MAPPED
+    try:
+        stored = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
+    except (ValueError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError("not an array of numbers as numpy writes them") from e
+    if isinstance(stored, np.ndarray):
+        stored = {"images": stored}
+    keys = set(stored) - {"mu", "sigma", "mu_s", "sigma_s"}     # ADM's statistics of its images
+    known = [splits for splits in ARRAYS if keys <= set(itertools.chain(*splits.values()))]
+    if not keys or not known:
+        raise ValueError(f"its arrays are called {', '.join(stored) or 'nothing'}: call them "
+                         "images and labels, or x_train, y_train, x_test and y_test")
+    found = {s: names for s, names in known[0].items() if names[0] in keys}
+    name, labels = found[choose_split(split, found, done)]
+    array = images = stored[name]
+    if array.ndim == 3 and array.shape[2] > 4:                  # else it is one image (H, W, C)
+        images = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3):
+        images = array.transpose(0, 3, 1, 2)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, not uint8 from 0 to 255 as "
+                         "(N, H, W), (N, C, H, W) or (N, H, W, C), where C is 1 or 3")
+    images = images if large else np.ascontiguousarray(images)
+    return images, stored[labels] if labels in keys else None, labels
+
+
+def choose_split(split, found, done):
+    """Return which of the splits that were found is meant: val is the test where there is none."""
+    name = "val" if split == "test" and "test" not in found else split
+    if name not in found:
+        raise ValueError(f"no {split} images in it, only {' and '.join(sorted(found))}")
+    if len(found) > 1:
+        done.add(f"the split {name} (of {', '.join(sorted(found))})")
+    return name
+
+
+def read_cifar10(files, read, split):
+    """Return the images and labels of CIFAR-10's batches: records of 1 label byte and 3 x 32 x 32
+    image bytes, or torchvision's pickles. files: {a batch's name: what read() takes}."""
+    ending = ".bin" if "data_batch_1.bin" in files else ""
+    batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    images, labels = [], []
+    for name in (batch + ending for batch in batches):
+        if name not in files:
+            raise ValueError(f"no {name} in it")
+        blob = read(files[name])
+        if ending:
+            if not blob or len(blob) % 3073:
+                raise ValueError(f"{name} has {len(blob):,} bytes, not records of 3,073")
+            records = np.frombuffer(blob, np.uint8).reshape(-1, 3073)
+            batch = {"data": records[:, 1:], "labels": records[:, 0]}
+        else:
+            batch = Arrays(io.BytesIO(blob), encoding="latin1").load()
+        images.append(batch["data"])
+        labels.append(batch["labels"])
+    return np.concatenate(images).reshape(-1, 3, 32, 32), np.concatenate(labels)
+
+
+class Arrays(pickle.Unpickler):
+    """Reads pickles of numpy's arrays and plain values, and calls nothing else that one names."""
+    ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+                ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
+
+    def find_class(self, module, name):
+        known = module.replace("numpy._core", "numpy.core"), name
+        if known not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
+        return self.ADMITTED[known]
+
+
+# -------------------------------------------------------------------------------------- image files
+
+def read_files(path, split, size, done):
+    """Return the images of a folder or archive, their labels or None, and where these are from.
+    Raises ValueError where names and folders can mean two things."""
+    with open_files(path) as (files, read, stamp):
+        batches = {name.split("/")[-1]: file for name, file in files.items()}
+        if batches.keys() & {"data_batch_1", "data_batch_1.bin"}:
+            return *read_cifar10(batches, read, split), "its records"
+        if stamp is None:
+            raise ValueError("of .tar archives only CIFAR-10's are read: unpack it")
+        names = [name for name in files if name.lower().endswith(SUFFIXES)]
+        others = Counter(os.path.splitext(name)[1].lower() for name in files)
+        done.update(f"{others[s]} {s} files are not read" for s in NOT_READ if others[s])
+        if not names:
+            raise ValueError("; ".join([f"no images in it ({', '.join(SUFFIXES)})", *sorted(done)]))
+        folders, names = in_split(names, split, done)
+        lists = [name for name in files if name.split("/")[-1] == "dataset.json"
+                 and all(image.startswith(name[:-len("dataset.json")]) for image in names)]
+        if lists:
+            where = max(lists, key=len)                         # the nearest to the images
+            labels = listed_labels(where, read(files[where]), names)
+        else:
+            where = "folders"
+            names, labels = folder_labels(folders, names)
+        stamps = [size, *((name, stamp(files[name])) for name in names)]
+        try:
+            images = stack(path, stamps, decode(files, read, names, size, done), len(names), done)
+        except Coloured:
+            images = decode(files, read, names, size, done, grey=False)
+            images = stack(path, stamps, images, len(names), done)
+        return images, labels, where
+
+
+@contextlib.contextmanager
+def open_files(path):
+    """Yield {name: file} of a folder, of an archive or of one image; read(file), which returns its
+    bytes; and stamp(file), which tells it from others unread (None for a .tar)."""
+    def of_disk(file):
+        return os.stat(file).st_size, os.stat(file).st_mtime_ns
+
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+        found = walk(path) if path.is_dir() else [(path.name, path)]
+        yield visible(found), lambda file: Path(file).read_bytes(), of_disk
+    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            found = ((m.filename, m) for m in z.infolist() if not m.is_dir())
+            yield visible(found), z.read, lambda m: (m.file_size, m.CRC)
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            found = ((m.name, m) for m in tar if m.isfile())
+            yield visible(found), lambda m: tar.extractfile(m).read(), None
+    else:
+        raise ValueError("neither a folder, .zip, .npy or .npz of images, nor CIFAR-10's archive")
+
+
+def walk(folder, name="", above=()):
+    """Yield name and path of all files in a folder, through links but never round in a circle."""
+    here = os.path.realpath(folder)
+    for entry in os.scandir(folder) if here not in above else ():
+        if entry.is_dir():
+            yield from walk(entry.path, f"{name}{entry.name}/", (*above, here))
+        else:
+            yield name + entry.name, entry.path
+
+
+def visible(found):
+    """Return {name: file}, with / in the names, without hidden files and a Mac's __MACOSX."""
+    files = {}
+    for name, file in found:
+        parts = [p for p in name.replace("\\", "/").split("/") if p not in ("", ".")]
+        if not any(p.startswith(".") or p == "__MACOSX" for p in parts):
+            files["/".join(parts)] = file
+    return files
+
+
+def in_split(names, split, done):
+    """Return {name: the folders that the image lies in, but for those around all}, of all images,
+    and the sorted names of those in the split: of all, where there are no folders of splits."""
+    folders = {name: name.split("/")[:-1] for name in names}
+    around = os.path.commonprefix(list(folders.values()))
+    depth = next((i for i, f in enumerate(around) if f.lower() in SPLITS), len(around))
+    folders = {name: f[depth:] for name, f in folders.items()}
+    splits = {name: SPLITS.get(f[0].lower()) if f else None for name, f in folders.items()}
+    if not any(splits.values()):
+        choose_split(split, ["train"], done)
+        return folders, sorted(names)
+    for name in names:
+        if not splits[name]:
+            raise ValueError(f"{name} lies beside folders of splits: move it into one, or away")
+    chosen = choose_split(split, set(splits.values()), done)
+    around = os.path.commonprefix([f[1:] for f in folders.values()])
+    folders = {name: f[1 + len(around):] for name, f in folders.items()}
+    return folders, sorted(name for name in names if splits[name] == chosen)
+
+
+def folder_labels(folders, names):
+    """Return the names sorted by class, and their labels; None where all are in one folder. The
+    outermost folder of an image is its class, and all splits number the classes alike."""
+    tops = {f[0] for f in folders.values() if f}
+    classes = sorted(tops, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
+    if len(classes) < 2 or not any(folders[name] for name in names):
+        return names, None
+    for name in names:
+        if not folders[name]:
+            raise ValueError(f"{name} lies beside folders of classes, as {classes[0]} is one: move "
+                             "it into one, or away")
+    if all(f[1:] and f[1].lower() in SPLITS for f in folders.values()):
+        raise ValueError(f"{names[0]}: train and test must lie around the classes, not inside")
+    label = {c: i for i, c in enumerate(classes)}
+    names = sorted(names, key=lambda name: (label[folders[name][0]], name))
+    return names, [label[folders[name][0]] for name in names]
+
+
+def listed_labels(name, blob, names):
+    """Return the labels of images in a dataset.json, or None where it has null. name: its own."""
+    folder = name.removesuffix("dataset.json")
+    try:
+        pairs = json.loads(blob)["labels"]
+        labels = {folder + image.replace("\\", "/"): label for image, label in pairs or ()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{name} is not EDM\'s {{"labels": [[image, integer], ...]}}: correct it, '
+                         "or take it away") from e
+    if pairs is None:
+        return None
+    for image in names:
+        if type(labels.get(image)) is not int:
+            raise ValueError(f"{name} has no integer as the label of {image}")
+    return [labels[image] for image in names]
+
+
+def decode(files, read, names, size, done, grey=None):
+    """Yield the images, uint8 (C, H, W), where `grey` with one channel; None: as the first one is.
+    Raises ValueError that names an image of another size, or at the end the first broken one."""
+    broken, first = [], None
+    for name in tqdm(names, "decoding", unit="img", delay=2, disable=rank() > 0, leave=False):
+        try:
+            image = open_image(io.BytesIO(read(files[name])), done)
+        except Exception as e:
+            broken.append(f"{name}: {e}")
+            continue
+        image = middle_square(image, size, done) if size else image
+        first = first or (name, image.width, image.height)
+        if image.size != first[1:]:
+            raise ValueError("{} is {} x {} pixels, ".format(*first) + f"{name} {image.width} x "
+                             f"{image.height}: --size N takes the middle square of each")
+        grey = image.mode == "L" if grey is None else grey
+        if grey and image.mode != "L":
+            raise Coloured
+        if not grey and image.mode == "L":
+            done.add("grey made RGB")
+            image = image.convert("RGB")
+        yield from_pillow(image)
+    if broken:
+        raise ValueError(f"{broken[0]} ({len(broken)} of {len(names)} images can't be read, the "
+                         f"other {len(names) - len(broken)} are fine)")
+
+
+class Coloured(Exception):
+    """An image in colour, in a set that began with grey ones."""
+
+
+# ---------------------------------------------------------------------------------------- one image
+
+def open_image(file, done=None):
+    """Return an image file as an upright Pillow image, of mode L where it is grey and else RGB.
+
+    Transparency is laid on white, and 16 bits a channel give their high byte. file: a path or an
+    open binary file. done: a set, to which what was done is added, in words. Raises ValueError or
+    OSError, naming the path.
+    """
+    done = set() if done is None else done
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            stored = str(image.tile)                        # Pillow's mode hides 16 bits, and LA
+            mode = "L" if image.mode[0] in "1LI" or "LA;16B" in stored else "RGB"
+            if ";16B" in stored:
+                done.add("16 bits cut to their high byte")
+            if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+                done.add("turned upright by EXIF")
+                image = ImageOps.exif_transpose(image)
+            if image.mode[0] == "I":                        # Pillow's conversion to L would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    done.add("transparency laid on white")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(mode)
+    except Exception as e:                      # each decoder raises its own for a broken file
+        if isinstance(e, OSError) and e.filename:
+            raise
+        unknown = isinstance(e, UnidentifiedImageError)     # whose message is an address in memory
+        reason = "not a PNG, JPEG, WebP or BMP" if unknown else str(e) or type(e).__name__
+        raise ValueError(reason if hasattr(file, "read") else f"{file}: {reason}") from e
+
+
+def middle_square(image, size, done):
+    """Return the middle square of a Pillow image, resized to size x size by Lanczos."""
+    if image.size == (size, size):
+        return image
+    done.add(f"middle squares resized to {size} x {size}")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def to_pillow(image):
+    """Return a Pillow image of uint8 (C, H, W)."""
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def from_pillow(image):
+    """Return uint8 (C, H, W) of a Pillow image of mode L or RGB."""
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+# --------------------------------------------------------------------------------------- large sets
+
+def stack(path, stamps, images, n, done):
+    """Return n images (C, H, W) of an iterator as one array (n, C, H, W).
+
+    From MAPPED bytes on they are written to a file once, beside the set at `path` or, where one
+    can't write or has no room, in cache(); the array is memory-mapped from it, copied on write.
+    stamps: what tells this set from others, in the file's name.
+    """
+    first = next(images)
+    shape, images = (n, *first.shape), itertools.chain([first], images)
+    if math.prod(shape) < MAPPED:
+        pixels = np.empty(shape, np.uint8)
+        for i, image in enumerate(images):
+            pixels[i] = image
+        return pixels
+    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
+    file = path.resolve().with_name(f"{path.resolve().name}.{digest}.npy")
+    if not file.exists() and not (os.access(file.parent, os.W_OK) and
+                                  shutil.disk_usage(file.parent).free > math.prod(shape)):
+        file = cache(write=True) / file.name
+    if not file.exists():
+        write_once(file, shape, images)
+    done.add(f"memory-mapped from {file}")
+    return np.load(file, mmap_mode="c")
+
+
+def write_once(file, shape, images):
+    """Write an .npy of the images, unless another process is doing so: then wait for it."""
+    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+        if fcntl:
+            with contextlib.suppress(OSError):                      # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            return
+        with atomic(file) as tmp, open(tmp, "wb") as f:     # a full disk kills who writes a memmap
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, header)
+            for image in images:
+                f.write(image.tobytes())
