@@ -116,8 +116,8 @@ def test_what_is_no_image_and_what_is_linked(tmp_path, capsys):
             "set/Thumbs.db": b"junk", "set/c.gif": b"GIF", "set/d.GIF": b"GIF", "set/e.tif": b"II"}
     path = write(tmp_path / "a.zip", images("set/a.png") | junk)
     same(load_images(path), EXPECTED[:1], None)
-    assert capsys.readouterr().err == (f"{path}: 1 image of 8 x 8, RGB; no labels; 1 .tif files are "
-                                       "not read; 2 .gif files are not read\n")
+    assert capsys.readouterr().err == (f"{path}: 1 image of 8 x 8, RGB; no labels; 1 .tif files "
+                                       "are not read; 2 .gif files are not read\n")
     write(tmp_path / "real", images("0.png", "1.png"))
     (tmp_path / "set/cat").mkdir(parents=True)
     (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "real/1.png")
@@ -135,8 +135,8 @@ def test_dataset_json_decides(tmp_path, where):
     for value, wanted in ((listed, labels), (None, None)):
         files[where + "dataset.json"] = json.dumps({"labels": value}).encode()
         same(load_images(write(tmp_path / "a.zip", files)), EXPECTED, wanted)
-        same(load_images(write(tmp_path / "b", {n.replace("\\", "/"): b for n, b in files.items()})),
-             EXPECTED, wanted)
+        unpacked = {name.replace("\\", "/"): blob for name, blob in files.items()}
+        same(load_images(write(tmp_path / "b", unpacked)), EXPECTED, wanted)
 
 
 @pytest.mark.parametrize("blob, word", [
@@ -189,7 +189,8 @@ def test_transparency_is_laid_on_white(tmp_path, capsys):
 def png16(values, colour):
     """A PNG of 16 bits a channel, (H, W, C), as its standard says. colour: the type, 0 or 2 or 4"""
     def chunk(name, blob):
-        return struct.pack(">I", len(blob)) + name + blob + struct.pack(">I", zlib.crc32(name + blob))
+        check = zlib.crc32(name + blob)
+        return struct.pack(">I", len(blob)) + name + blob + struct.pack(">I", check)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
@@ -233,8 +234,8 @@ def test_middle_squares(tmp_path, capsys):
     assert load_images(tmp_path / "a.npy", size=16)[0].shape == (1, 1, 16, 16)
 
 
-@pytest.mark.parametrize("blob, word", [(png(PIXELS[0])[:90], "truncated"), (b"hello", "not a PNG"),
-                                        (png(PIXELS[0], kind="GIF"), "not a PNG"), (b"", "not a PNG")])
+@pytest.mark.parametrize("blob, word", [(png(PIXELS[0])[:90], "truncated"), (b"", "not a PNG"),
+                                        (png(PIXELS[0], kind="GIF"), "not a PNG")])
 def test_a_broken_image_is_named_and_the_others_counted(tmp_path, blob, word):
     files = images("a.png", "b.png", "c.png") | {"b.png": blob}
     refused(write(tmp_path / "set", files), "b.png", word, "1 of 3", "other 2 are fine")
@@ -371,8 +372,8 @@ def test_records_of_cifar10_are_counted(tmp_path, broken):
 # ---------------------------------------------------------------- speed, memory and large sets
 
 def test_a_set_is_read_once_and_held_once(tmp_path, monkeypatch):
-    names = [f"{i % 10}/{i}.png" for i in range(1000)]
-    path = write(tmp_path / "set", {name: png(PIXELS[0].repeat(4, 0).repeat(4, 1)) for name in names})
+    blob = png(PIXELS[0].repeat(4, 0).repeat(4, 1))                 # 32 x 32
+    path = write(tmp_path / "set", {f"{i % 10}/{i}.png": blob for i in range(1000)})
     read, seen = Path.read_bytes, []
     monkeypatch.setattr(Path, "read_bytes", lambda file: seen.append(str(file)) or read(file))
     tracemalloc.start()
@@ -459,8 +460,8 @@ def test_two_that_start_together_decode_a_set_once(large):
 def test_the_first_process_says_what_it_found(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "set", images(*SPLIT))
     load_images(path)
-    assert capsys.readouterr().err == (f"{path}: 2 images of 8 x 8, RGB; 2 classes from folders; the "
-                                       "split train (of test, train, val)\n")
+    assert capsys.readouterr().err == (f"{path}: 2 images of 8 x 8, RGB; 2 classes from folders; "
+                                       "the split train (of test, train, val)\n")
     monkeypatch.setenv("RANK", "1")
     load_images(path)
     assert not capsys.readouterr().err
