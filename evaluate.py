@@ -132,7 +132,8 @@ class Evaluator:
         if cfg.features == "compact" and self.d.images.shape[1:] != (3, 32, 32):
             view = ", a CIFAR-10 classifier's view at 32 x 32 pixels"
         return (f"{self.name} ({self.resize} resize{view}) of {cfg.eval_n:,} samples to "
-                f"{self.against} ({data})" + (f" and to the teacher's samples ({teacher})" if teacher else "")
+                f"{self.against} ({data})"
+                + (f" and to the teacher's samples ({teacher})" if teacher else "")
                 + f"; networks of {parameters:.3g} M parameters on {cfg.device}{threads}")
 
     def row(self, rows):
