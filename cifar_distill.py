@@ -411,6 +411,9 @@ def load_all(cfg):
                          f"{wanted}; --size {wanted[1]} cuts and resizes them")
     if teacher.label_dim:
         check_labels(labels, len(images), teacher.label_dim, source)
+        if (classes := int(labels.max()) + 1) != teacher.label_dim:
+            raise ValueError(f"{source} has {classes} classes, but the teacher has "
+                             f"{teacher.label_dim}")
     return teacher, source, images, labels if teacher.label_dim else None
 
 

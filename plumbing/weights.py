@@ -1,13 +1,107 @@
-"""Weights in: NVIDIA's pickles read as data, and checkpoints checked before anything uses them."""
+"""What is in a file of weights: read as data, and never run.
+
+EDM's pickles carry Python source for their classes, and a checkpoint of anybody's could name any
+function. Here classes become dictionaries, torch rebuilds the tensors, and all else is refused.
+"""
 import io
+import math
 import pickle
-import warnings
+import re
 import zipfile
 from collections import OrderedDict
 
 import torch
 
-from plumbing.files import reading
+from plumbing import loop
+
+
+def read_file(path):
+    """Return the state dict in a file of weights, and the record of what the file says of itself.
+    Raises ValueError, which says what the file is instead and what to do."""
+    with open(path, "rb") as f:
+        head = f.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is git-lfs's pointer to a file: `git lfs pull`, where it came "
+                         "from, fetches the file")
+    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page: download the file itself, by its raw address")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+            return unwrap(load_file(path))
+        except ImportError:
+            raise ValueError(f"{path}: pip install safetensors, to read it") from None
+        except Exception as e:                      # of the library's own kind
+            raise ValueError(f"{path}: broken: {e}") from e
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                blob = archive.read(name) if name.endswith("/data.pkl") else b""
+                if b"torch_utils.persistence" in blob:              # EDM's training-state-*.pt
+                    folder = name.removesuffix("data.pkl")
+                    return read_pickle(path, io.BytesIO(blob), archive, folder)
+    if head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")):  # torch's, new or old
+        saved = loop.load(path)
+        return unwrap(saved if isinstance(saved, dict) else {})
+    with open(path, "rb") as f:
+        return read_pickle(path, f)
+
+
+def unwrap(saved):
+    """Return the state dict in what torch.save wrote, under EDMPrecond's names, and the record of
+    what lies beside it: a run's options, and what a trainer noted of the images and the network."""
+    record = dict(sigma_data=0.5, dropout=0.0) if "seen" in saved else {}   # of our older files
+    for key in ("config", "record"):
+        record |= saved[key] if isinstance(saved.get(key), dict) else {}
+    for key in ("ema", "state_dict", "model"):
+        saved = saved[key] if isinstance(saved.get(key), dict) else saved
+    state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in saved.items()
+             if torch.is_tensor(v)}
+    if not any(k.startswith("model.") for k in state):
+        state = {f"model.{k}": v for k, v in state.items()}
+    return state, record
+
+
+def read_pickle(path, file, archive=None, folder=""):
+    """Return the state dict of the network in EDM's pickle, and what it says of itself: sigma_data
+    and dropout. Raises ValueError, naming `path`."""
+    state, record = {}, {}
+    try:
+        saved = SafeUnpickler(file, archive, folder).load()
+        net = saved["ema"] if "ema" in saved else saved["net"]      # a snapshot, a training state
+        for prefix, module in modules(net):
+            for kind in ("_parameters", "_buffers"):
+                state |= {prefix + k: v for k, v in module[kind].items() if v is not None}
+            record |= {k: module[k] for k in ("sigma_data", "dropout")
+                       if isinstance(module.get(k), (int, float))}
+    except Exception as e:                          # a pickle can fail in many ways
+        file.seek(0)
+        if re.search(rb"G_ema|dnnlib\.tflib", file.read()):
+            raise ValueError(f"{path} is a StyleGAN, which knows no noise levels: take a diffusion "
+                             "teacher, such as edm-ffhq-64x64-uncond-vp") from e
+        raise ValueError(f"{path}: broken, or no file of weights: {e}") from e
+    if net["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):
+        raise ValueError(f"{path} is a network behind {net['class_name']}, and here it would stand "
+                         "behind EDMPrecond: take one that was trained with --precond=edm")
+    return state, record
+
+
+def modules(module, prefix=""):
+    """Yield a pickled module and all that are in it, each after its prefix in a state dict."""
+    yield prefix, module
+    for name, part in module["_modules"].items():
+        if part is not None:
+            yield from modules(part, f"{prefix}{name}.")
+
+
+class Record(dict):
+    """What stands in for every object of a foreign pickle: data, never code."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})       # numpy's is a tuple
 
 
 class Call:
@@ -23,44 +117,39 @@ class Call:
         raise pickle.UnpicklingError("refused to alter a function")
 
 
-class Record(dict):
-    """What stands in for every object of a foreign pickle: data, never code."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-def _persistent(meta, *_):
+def _module(meta, *_):
+    """Return the attributes of a pickled module; its "module_src", Python source, is left alone."""
     record = Record()
-    record.update(meta["state"])        # its "module_src" is Python source: left alone
+    record.update(meta["state"], class_name=meta["class_name"])
     return record
 
 
+def _storage(blob):
+    """Return the numbers of tensors, which are a file of torch.save within the pickle."""
+    try:
+        return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise pickle.UnpicklingError("refused to load more than numbers") from None
+
+
 def _tensor(storage, offset, size, stride, *_):
-    """A tensor on its storage. torch would lengthen a storage that is too short, with whatever
+    """Return a tensor on its storage, if it lies within: beyond it torch would hand out whatever
     lies in memory."""
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise pickle.UnpicklingError("a tensor without a storage")
     stored = storage._untyped_storage.nbytes() // storage.dtype.itemsize
-    last, count = offset, 1
-    for n, step in zip(size, stride, strict=True):
-        last, count = last + (n - 1) * step, count * n
-    if min(offset, count, *size, *stride) < 0 or max(last + 1, count) > stored:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride, 0) < 0 or max(last + 1, math.prod(size)) > stored:
         raise pickle.UnpicklingError(f"a tensor of {tuple(size)} on {stored} stored numbers")
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Reads EDM's official pickles without running what they carry.
+    """Reads EDM's pickles as data. They carry Python source for their classes, which is never run:
+    a class becomes a Record, torch rebuilds the tensors, and any other name is refused.
 
-    They embed Python source for their classes. Here every class becomes a Record, tensors are
-    rebuilt by torch, their bytes read with weights_only, and any other name is refused.
+    archive: the zip file in which torch.save put the pickle, where it did, and the numbers beside.
     """
     ADMITTED = {
-        "collections.OrderedDict": OrderedDict,
+        "collections.OrderedDict": OrderedDict, "__builtin__.set": set, "builtins.set": set,
         "dnnlib.util.EasyDict": Record,
         "numpy.dtype": Record,
         "numpy.core.multiarray.scalar": Record,
@@ -68,143 +157,23 @@ class SafeUnpickler(pickle.Unpickler):
         "torch.nn.modules.container.ModuleDict": Record,
         "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
         "torch._utils._rebuild_tensor_v2": Call(_tensor),
-        "torch.storage._load_from_bytes": Call(lambda blob: _load(io.BytesIO(blob))),
-        "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
+        "torch.storage._load_from_bytes": Call(_storage),
+        "torch_utils.persistence._reconstruct_persistent_obj": Call(_module),
+        "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
+        "torch.DoubleStorage": torch.float64, "torch.LongStorage": torch.int64,
     }
 
+    def __init__(self, file, archive=None, folder=""):
+        super().__init__(file)
+        self.archive, self.folder = archive, folder
+
     def find_class(self, module, name):
-        try:
-            return self.ADMITTED[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}") from None
+        if f"{module}.{name}" not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return self.ADMITTED[f"{module}.{name}"]
 
-
-def flatten(record, prefix=""):
-    """The state dict of a pickled module: parameters and buffers, by walking its parts."""
-    state = {}
-    for kind in ("_parameters", "_buffers"):
-        state |= {prefix + k: v for k, v in record.get(kind, {}).items() if v is not None}
-    for name, part in record.get("_modules", {}).items():
-        if part is not None:
-            state |= flatten(part, f"{prefix}{name}.")
-    return state
-
-
-def _load(path):
-    with warnings.catch_warnings():             # of a pickle's protocol, which is refused or not
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_weights(path):
-    """-> state dict of an official EDM pickle, of our own checkpoint (its EMA), or of a bare state
-    dict saved by torch. Raises ValueError, naming the file, if it is none of them."""
-    with reading(path, "a checkpoint"):
-        with open(path, "rb") as f:
-            if f.read(2) == b"PK":                                  # torch.save's zip
-                state = _load(path)
-                return state.get("ema", state) if isinstance(state, dict) else state
-            f.seek(0)
-            return flatten(SafeUnpickler(f).load()["ema"])
-
-
-def check_weights(state, name):
-    """Raises ValueError, naming the file `name` and the tensor, unless `state` is a state dict of
-    plain tensors of finite real numbers, of any precision."""
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{name}: it holds no weights")
-    for key, v in state.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{name}: the name of a tensor is {key!r}")
-        if not _plain(v) or not v.is_floating_point():
-            raise ValueError(f"{name}: {key} is {_form(v)}, not a plain tensor of real numbers")
-        if not v.float().isfinite().all():
-            raise ValueError(f"{name}: {key} holds a number that is not finite")
-
-
-def read_config(path):
-    """-> the options that a run saved beside its weights; {} for other files of weights."""
-    if not zipfile.is_zipfile(path):
-        return {}
-    with reading(path, "a checkpoint"):
-        config = _load(path).get("config")
-        check_options(config)
-    return config if isinstance(config, dict) else {}
-
-
-def read_checkpoint(path, what):
-    """-> the dictionary that a run saved, its options under "config". Raises ValueError, naming
-    the file, if it is not `what`."""
-    with reading(path, what):
-        state = _load(path)
-        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-            raise ValueError("it holds no run")
-        check_options(state["config"])
-    return state
-
-
-def check_options(config):
-    """Raises ValueError for an option that is not called by a text."""
-    for name in config if isinstance(config, dict) else ():
-        if not isinstance(name, str):
-            raise ValueError(f"the name of an option is {name!r}")
-
-
-# ------------------------------------------------------------------ is it what was saved?
-
-def _plain(v):
-    """Whether v is a tensor whose numbers lie in memory, one by one."""
-    return (torch.is_tensor(v) and not v.is_nested and v.layout is torch.strided
-            and not v.is_quantized and v.device.type != "meta"
-            and v.untyped_storage().nbytes() >= v.nbytes)       # one number may stand for billions
-
-
-def _form(v):
-    if _plain(v):
-        return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
-    return "a tensor of another kind" if torch.is_tensor(v) else f"of type {type(v).__name__}"
-
-
-def check_form(expected, got, name, exact=True):
-    """Raises ValueError, naming the place, unless `got` has the types, keys, lengths, shapes and
-    dtypes of `expected`, and finite tensors. Plain numbers and texts may have any value. Unless
-    `exact`, dictionaries and lists may hold more."""
-    if torch.is_tensor(expected):
-        if not (_plain(got) and got.shape == expected.shape and got.dtype == expected.dtype):
-            raise ValueError(f"{name} is {_form(got)}, not {_form(expected)}")
-        if got.is_floating_point() and not got.isfinite().all():
-            raise ValueError(f"{name} holds a number that is not finite")
-    elif isinstance(expected, dict) and isinstance(got, dict):
-        for k in [*expected, *got] if exact else expected:
-            if k not in expected or k not in got:
-                raise ValueError(f"{name} {'lacks' if k in expected else 'should not have'} {k}")
-        for k in expected:
-            check_form(expected[k], got[k], f"{name}.{k}", exact)
-    elif type(got) is not type(expected):
-        raise ValueError(f"{name} is {_form(got)}, not {_form(expected)}")
-    elif isinstance(expected, (list, tuple)):
-        if len(got) != len(expected) if exact else len(got) < len(expected):
-            raise ValueError(f"{name} has length {len(got)}, not {len(expected)}")
-        for i, (e, g) in enumerate(zip(expected, got)):
-            check_form(e, g, f"{name}.{i}", exact)
-
-
-def check_optimizer(opt, got, name):
-    """Raises ValueError, naming the place, unless `got` is a state dict of `opt`, Adam or Muon,
-    its rate aside. torch checks less, and then its fused kernel reads beyond a tensor's end."""
-    expected = opt.state_dict()
-    if not (isinstance(got, dict) and set(got) == set(expected) and isinstance(got["state"], dict)):
-        raise ValueError(f"{name} is not an optimizer's state")
-    check_form(expected["param_groups"], got["param_groups"], f"{name}.param_groups")
-    for i, (e, g) in enumerate(zip(expected["param_groups"], got["param_groups"])):
-        for k in e:
-            if k != "lr" and e[k] != g[k]:
-                raise ValueError(f"{name}.param_groups.{i}.{k} is {g[k]}, not {e[k]}")
-    params = dict(enumerate(p for group in opt.param_groups for p in group["params"]))
-    for i, moments in got["state"].items():
-        if i not in params:
-            raise ValueError(f"{name}.state.{i}: there are {len(params)} parameters")
-        p = params[i]
-        form = ({"momentum_buffer": p} if isinstance(opt, torch.optim.Muon) else
-                {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p})
-        check_form(form, moments, f"{name}.state.{i}")
+    def persistent_load(self, place):
+        _, dtype, key, *_ = place                   # of a storage: ("storage", its type, key, ...)
+        stored = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+        stored = torch.frombuffer(stored, dtype=torch.uint8).untyped_storage()
+        return torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)

@@ -15,9 +15,10 @@ import torch
 
 import edm
 from data import load_images
-from edm import (Guided, edm_loss, grid, heun, karras, load_guided, load_teacher, read_file, sample,
+from edm import (Guided, edm_loss, grid, heun, karras, load_guided, load_teacher, sample,
                  to_uint8)
 from ncsnpp import CONFIGS, EDMPrecond
+from plumbing.weights import read_file
 from test_ncsnpp import FIXTURE, compact, config_of, fill
 
 HERE = Path(edm.__file__).parent
