@@ -337,6 +337,10 @@ def animate(films, target, path):
             ax.clear()
             plane(ax, shots["x"][j].astype(np.float32), target, size=14)
             ax.set_title(f"{title}, step {shots['step'][j]}")
+    frame(-1)
+    for _ in range(10):                         # until the layout has settled, which then stays
+        fig.draw_without_rendering()
+    fig.set_layout_engine("none")
     movie = FuncAnimation(fig, frame, frames=8 + max(len(s["step"]) for s in films.values()))
     with atomic(path) as tmp:
         movie.save(tmp, PillowWriter(fps=6), dpi=90)
@@ -421,8 +425,8 @@ def teachers(learning, guided):
     images seen; guided: one for each guidance w."""
     fig, axes = figure(2, 2, (12, 10))
     learning = sorted(learning, key=lambda row: row["seen"])
-    guided = sorted(guided, key=lambda row: row["w"])
-    seen, w = [row["seen"] / 1e6 for row in learning], [row["w"] for row in guided]
+    guided = sorted(guided, key=lambda row: row["guidance"])
+    seen, w = [row["seen"] / 1e6 for row in learning], [row["guidance"] for row in guided]
     for ax, key, title in zip(axes[0], ("fd_compact", "is_compact"), ("FD-compact", "IS-compact")):
         numbers = [row[key] for row in learning]
         ax.plot(seen, numbers, "o-", ms=11, color="black")

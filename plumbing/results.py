@@ -1,183 +1,251 @@
-"""Which runs the groups of experiments.py are, which of them have a result, and tables of these.
+"""Runs of a script: made, kept a line each in a .jsonl, and put into tables.
 
-A group has a title, the script that makes its runs, rows (name -> options), the options common to
-its rows, a number of seeds, and columns, keys of COLUMNS.
+A run is named by its script, its options and its seed. So two tables that show the same run share
+it, and it is made once. Whoever changes the default of an option writes the old default into the
+options of the rows that were made with it.
 """
-import functools
+import csv
 import json
-import math
+import os
+import re
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from plumbing.jobs import read
-from plumbing.pictures import mean_std
+from plumbing.loop import Stop, atomic
 
-
-# ---------------------------------------------------------------------- which run is which result
-
-IGNORED = ("device", "gradient_checkpointing", "save_every", "preview", "kimg")     # see identity
-SAME = {"be": -1.0, "kl": 0.0, "ls": 1.0}      # these rows are SBA's
-
-
-@dataclass(frozen=True)
-class Script:
-    file: str
-    config: type                # the dataclass of its options
-    parse: Callable             # words of a command line -> such a config, and more
-
-
-@functools.cache
-def config_of(script, options):
-    """What a run of these options writes as its config, a dictionary. Raises SystemExit or
-    ValueError for options that the script does not take."""
-    return asdict(script.parse(options.split())[0])
-
-
-def power(config):
-    """-> lambda of the weight r^lambda, or None for a weight that is no power of r."""
-    return config["lam"] if config["h"] == "sba" else SAME.get(config["h"])
-
-
-def identity(script, config):
-    """What decides a run's numbers, as a text: two runs of the same are one. An option that is
-    younger than a result had its default there, and one that is gone was off. The options IGNORED
-    change a number no more than another machine does, but for kimg: a longer run holds the shorter.
-    """
-    defaults = {f.name: f.default for f in fields(script.config)}
-    config = defaults | {k: v for k, v in config.items() if k in defaults or v}
-    lam = power(config)
-    config |= dict(h=config["h"] if lam is None else "sba", lam=lam)
-    config = {name: value for name, value in config.items() if name not in IGNORED}
-    return json.dumps([script.file, config], sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: str                 # GROUP/ROW_seedK, in that of the results
-    row: str
-    seed: int
-    script: Script
-    options: str                # but the seed; "" for a run that is made by hand
-
-    def config(self):
-        return config_of(self.script, self.options) | {"seed": self.seed}
-
-    def identity(self):
-        return identity(self.script, self.config())
-
-    def kimg(self):
-        return self.config().get("kimg", 0)
-
-
-def runs_of(groups, names=None, most=math.inf):
-    """All runs of the groups called `names`, or of all, `most` seeds of each row at most; those of
-    one seed in a row. groups: name -> group."""
-    runs = []
-    for name in groups if names is None else names:
-        group = groups[name]
-        for seed in range(min(group.seeds, most)):
-            for row, own in group.rows.items():
-                options = own and f"{own} {group.common}"
-                runs.append(Run(f"{name}/{row}_seed{seed}", row, seed, group.script, options))
-    return runs
-
-
-class Results:
-    """The finished runs in a folder. What was made by hand counts for its own row alone."""
-
-    def __init__(self, folder, groups):
-        self.folder, self.groups, self.found = folder, groups, {}       # found: identity -> [Done]
-        for run in runs_of(groups):
-            done = read(folder / run.folder) if run.options else None
-            if done:
-                key = identity(run.script, done.result["config"])
-                self.found.setdefault(key, []).append(done)
-
-    def of(self, run):
-        """The run's Done, from whichever group, or None."""
-        if not run.options:
-            return read(self.folder / run.folder)
-        cut = [done.until(run.kimg()) for done in self.found.get(run.identity(), [])]
-        return next((done for done in cut if done), None)
-
-    def rows(self, name):
-        """row -> seed -> Done, for the rows of a group that have results."""
-        rows = {row: {} for row in self.groups[name].rows}
-        for run in runs_of(self.groups, [name]):
-            done = self.of(run)
-            if done:
-                rows[run.row][run.seed] = done
-        return {row: seeds for row, seeds in rows.items() if seeds}
-
-    def missing(self, runs):
-        """folder -> command, for what has no result: of runs with one identity the longest."""
-        longest = {}
-        for run in runs:
-            if run.options and not self.of(run):
-                other = longest.setdefault(run.identity(), run)
-                if run.kimg() > other.kimg():
-                    longest[run.identity()] = run
-        commands = {}
-        for run in longest.values():
-            out = self.folder / run.folder
-            again = ["--resume"] if (out / "checkpoint.pt").exists() else []
-            commands[out] = [sys.executable, run.script.file, *run.options.split(),
-                             "--seed", str(run.seed), "--out", str(out), *again]
-        return commands
-
-
-# ------------------------------------------------------------------------------------- the tables
-
-COLUMNS = {     # key of a result: the table's head, digits
+COLUMNS = {     # key of a run's numbers: the table's head, digits
     "modes_covered": ("modes", 1), "mode_tv": ("mode TV", 3), "on_mode": ("on a mode", 3),
     "log_r_error": ("log r error", 2), "log_r_low": ("at the lowest sigma", 1), "ess": ("ESS", 2),
-    "tau": ("tau", 2),
-    "to_teacher": ("to the teacher's samples", 2), "to_data": ("to the data", 2),
+    "tau": ("tau", 2), "to_teacher": ("to the teacher's samples", 2), "to_data": ("to the data", 2),
     "less_kl": ("minus KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
-    "score": ("score", 2), "log_r_std": ("std of log r", 2),
+    "is": ("IS", 2), "log_r_std": ("std of log r", 2),
 }
+SBA = {"--h be": "--h sba --lam -1", "--h kl": "--h sba --lam 0", "--h ls": "--h sba --lam 1"}
+OLD = {"guidance": "w", "teacher_samples": "bank"}      # what older runs call an option
 
 
-def values_of(rows, row, key):
-    """A number of a row's runs, one a seed. less_kl compares runs of one seed, which draw the same
-    noise."""
-    numbers = {seed: done.numbers() for seed, done in rows[row].items()}
+@dataclass(frozen=True)
+class Group:
+    """The runs of one table. rows: name -> options, or a word for an edit of the code, whose run is
+    made by hand."""
+    title: str
+    script: str
+    rows: dict
+    columns: tuple                          # keys of COLUMNS
+    common: str = ""                        # options of every row
+    seeds: int = 3
+    labels: dict = field(default_factory=dict)      # row -> what the table calls it
+    named: bool = False                     # only run when named: it needs a GPU, or downloads
+
+    def options(self, row):
+        own = self.rows[row]
+        return f"{own} {self.common}".strip() if own.startswith("--") else own
+
+
+def name(script, options, seed):
+    """Return a run's name, in which the order of its options makes no difference. --kimg is no part
+    of it, since a longer run holds the shorter, and BE, KL and LS are called by SBA's lambda."""
+    for h, sba in SBA.items():
+        options = options.replace(h, sba)
+    parts = sorted(part.strip() for part in f" {options}".split(" --") if part)
+    return " --".join([script, *(p for p in parts if not p.startswith("kimg ")), f"seed {seed}"])
+
+
+# ------------------------------------------------------------------------------- kept, a line each
+
+def read(file):
+    """Return name -> run of a .jsonl: script, options, seed, numbers, and the rows of its log."""
+    kept = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        run = json.loads(line)
+        rows = zip(*run["log"].values())
+        run["log"] = [{k: v for k, v in zip(run["log"], row) if v is not None} for row in rows]
+        kept[name(run["script"], run["options"], run["seed"])] = run
+    return kept
+
+
+def write(kept, file):
+    """Write what read() returns. A log is written by columns, which is a third as long."""
+    lines = []
+    for _, run in sorted(kept.items()):
+        keys = dict.fromkeys(k for row in run["log"] for k in row)
+        columns = {k: [row.get(k) for row in run["log"]] for k in keys}
+        lines.append(json.dumps(run | {"log": columns}, allow_nan=False) + "\n")
+    with atomic(file) as tmp:
+        tmp.write_text("".join(lines))
+
+
+def finished(folder, script, options, seed):
+    """Return the run in a folder that has result.json, as read() does. Raises ValueError unless its
+    config has these options."""
+    numbers = json.loads((folder / "result.json").read_text())
+    config, history = numbers.pop("config"), numbers.pop("history", [])
+    for part in f"{options} --seed {seed}".split("--")[1:] if options.startswith("--") else ():
+        flag, _, value = part.strip().partition(" ")
+        key = flag.replace("-", "_")
+        has = str(config.get(key, config.get(OLD.get(key))))
+        if key != "preset" and not same(has, value or "True"):
+            raise ValueError(f"{folder} was run with --{flag} {has}, and not with {value}")
+    log = [{k: round(v, 4) for k, v in row.items()} for row in history]         # in the plane
+    if (folder / "log.csv").exists():
+        with open(folder / "log.csv") as f:
+            log = [{"is" if k == "score" else k: float(v) for k, v in row.items() if v}
+                   for row in csv.DictReader(f)]
+    elsewhere = ("h", "lam", "seed", "before", "after")         # in the options, or in the log
+    numbers = {k: v for k, v in numbers.items() if k not in elsewhere}
+    return dict(script=script, options=options, seed=seed, numbers=numbers, log=log)
+
+
+def same(a, b):
+    """Return whether two words are one number, or name one file, in whichever folder."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return Path(a).name == Path(b).name
+
+
+def shown(run, kimg):
+    """Return a run whose numbers are all that tables and pictures show, those of its log's last row
+    among them; a run on images after `kimg` thousand, or None if it did not see so many."""
+    log = run["log"]
+    if kimg and log:
+        end = next((i for i, row in enumerate(log) if row["kimg"] >= kimg), None)
+        if end is None:
+            return None
+        log = log[:end + 1]
+    numbers = (log[-1] if log else {}) | run["numbers"]
+    if errors := numbers.get("log_r_error_by_sigma"):
+        numbers["log_r_low"] = errors[min(errors, key=float)]
+    return run | {"log": log, "numbers": numbers}
+
+
+def length(options):
+    """Return how many thousand images the options ask for, or None."""
+    kimg = re.search(r"--kimg (\S+)", options)
+    return float(kimg[1]) if kimg else None
+
+
+def found(kept, group, row, seed):
+    """Return the run of a group's row, as shown() does, or None."""
+    options = group.options(row)
+    run = kept.get(name(group.script, options, seed))
+    return run and shown(run, length(options))
+
+
+def rows_of(kept, group):
+    """Return row -> runs, one a seed, for the rows of a group that have some."""
+    rows = {row: [found(kept, group, row, seed) for seed in range(group.seeds)]
+            for row in group.rows}
+    return {row: [run for run in runs if run] for row, runs in rows.items() if any(runs)}
+
+
+# ------------------------------------------------------------------------------------------ made
+
+def missing(kept, groups, names, seeds, folder):
+    """Return folder -> command, for what no run is kept of: of one name the longest, those of one
+    seed in a row. seeds: at most so many of each row."""
+    runs = {}
+    for group_name in names:
+        group = groups[group_name]
+        for seed in range(min(seeds or group.seeds, group.seeds)):
+            for row in group.rows:
+                options = group.options(row)
+                if options.startswith("--") and not found(kept, group, row, seed):
+                    run = (length(options) or 0, f"{group_name}/{row}_seed{seed}",
+                           [group.script, *options.split(), "--seed", str(seed)])
+                    key = name(group.script, options, seed)
+                    runs[key] = max(runs.get(key, run), run, key=lambda run: run[0])
+    commands = {}
+    for _, place, words in runs.values():
+        out = folder / place
+        again = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        commands[out] = [sys.executable, *words, "--out", str(out), *again]
+    return commands
+
+
+def start(command, folder, cwd):
+    """Return a process of one thread that yields to other work; its words go to folder/log.txt. It
+    gets no signal of the terminal's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    return process
+
+
+def make(commands, cwd, at_once):
+    """Run folder -> command, `at_once` of them at a time. For one that fails its last line is
+    printed, and the others go on. A signal is handed on once, so that a run can save; no other run
+    is then begun. Returns an exit status: 0; 1 where one failed; 128 + the signal's number."""
+    waiting, running, failed, handed_on = dict(commands), {}, 0, False
+    with Stop() as stop:
+        while running or waiting and not stop.number:
+            while waiting and len(running) < at_once and not stop.number:
+                folder = next(iter(waiting))
+                running[folder] = start(waiting.pop(folder), folder, cwd)
+            if stop.number and not handed_on:
+                handed_on = True
+                for process in running.values():
+                    process.terminate()
+            time.sleep(0.1)
+            for folder in [f for f, process in running.items() if process.poll() is not None]:
+                code = running.pop(folder).returncode
+                if code and not handed_on:
+                    failed += 1
+                    lines = (folder / "log.txt").read_text(errors="replace").split("\n")
+                    last = next((line for line in reversed(lines) if line.strip()), "no word")
+                    print(f"{folder} failed: {last}", file=sys.stderr)
+                elif not code:
+                    left = len(running) + len(waiting)
+                    print(f"{folder} is done, {left} to go", file=sys.stderr, flush=True)
+    if stop.number:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + stop.number
+    return min(failed, 1)
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+def values(runs, key, base=()):
+    """Return a number of each run that has it. less_kl is the distance to the teacher's samples
+    less that of KL's run, of `base`, with the same seed, which draws the same noise."""
+    numbers = [run["numbers"] for run in runs]
     if key == "less_kl":
-        key = "to_teacher" if any("to_teacher" in n for n in numbers.values()) else "to_data"
-        base = {seed: done.numbers() for seed, done in rows.get("kl", {}).items()}
-        return [n[key] - base[seed][key] for seed, n in numbers.items() if seed in base]
-    return [n[key] for n in numbers.values() if n.get(key) is not None]
+        kl = {run["seed"]: run["numbers"].get("to_teacher") for run in base}
+        numbers = [{key: run["numbers"]["to_teacher"] - kl[run["seed"]]} for run in runs
+                   if kl.get(run["seed"]) is not None]
+    return [n[key] for n in numbers if n.get(key) is not None]
 
 
-def cell(values, digits):
-    if not values:
+def tempered(runs):
+    """Return whether --ess raised the weights of some run to a power tau below 1."""
+    return any(tau < 0.995 for tau in values(runs, "tau"))
+
+
+def cell(numbers, digits):
+    """Return mean ± standard deviation (over n - 1) in so many digits."""
+    if not numbers:
         return ""
-    mean, std = mean_std(values)
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if len(values) > 1 else "")
-
-
-def is_held(rows, row):
-    """Whether --ess tempered a row's weights: tau is below 1."""
-    return any(tau < 0.995 for tau in values_of(rows, row, "tau"))
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{sum(numbers) / len(numbers):.{digits}f}{spread}"
 
 
 def table(group, rows):
-    """A group's table, in Markdown; a column that no row has is left out."""
-    columns = [k for k in group.columns if any(values_of(rows, row, k) for row in rows)]
-    lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)]]
-    lines.append(["---"] * len(lines[0]))
-    for row, by_seed in rows.items():
-        held = "held" if is_held(rows, row) else ""
-        name = [group.labels.get(row), held, group.rows[row] and f"`{group.rows[row]}`"]
-        lines.append([", ".join(filter(None, name)), str(len(by_seed)),
-                      *(cell(values_of(rows, row, k), COLUMNS[k][1]) for k in columns)])
+    """Return a group's table in Markdown; a column that no row has is left out."""
+    cells = {row: {k: values(runs, k, rows.get("kl", ())) for k in group.columns}
+             for row, runs in rows.items()}
+    columns = [k for k in group.columns if any(numbers[k] for numbers in cells.values())]
+    lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)], ["---"] * (2 + len(columns))]
+    for row, runs in rows.items():
+        options = f"`{group.rows[row]}`" if group.rows[row].startswith("--") else ""
+        first = [group.labels.get(row), "tempered" if tempered(runs) else "", options]
+        lines.append([", ".join(filter(None, first)), str(len(runs)),
+                      *(cell(cells[row][k], COLUMNS[k][1]) for k in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def tables(results):
-    """Yield the name and the table of every group with results."""
-    for name, group in results.groups.items():
-        rows = results.rows(name)
-        if rows:
-            yield name, table(group, rows)

@@ -1,155 +1,195 @@
-"""experiments.py: every listed run is a command that exists; results are found again, runs made,
-tables and pictures drawn from made-up results."""
+"""experiments.py, plumbing/results.py and plots.py: every listed run is a command that exists; runs
+are made, kept and found again; tables and pictures say what made-up runs said."""
+import importlib
 import json
 import os
 import signal
 import statistics
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import experiments
-from experiments import GROUPS, PLANE, TOY, Group
-from plumbing.jobs import run_all
-from plumbing.results import Results, identity, runs_of
+import plots
+from experiments import FILES, GROUPS, PLANE, TOY
+from plumbing.results import Group, found, make, missing, name, read, rows_of, table, write
 
 
-def the(group, row, seed=0):
-    """The run of that name."""
-    run, = (r for r in runs_of(GROUPS, [group]) if (r.row, r.seed) == (row, seed))
-    return run
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder in the project's place, with what the pictures need beside runs."""
+    (tmp_path / "results").mkdir()
+    for file in ("divergence.txt", "teacher.jsonl"):
+        (tmp_path / "results" / file).write_text((experiments.HERE / "results" / file).read_text())
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    return tmp_path
 
 
-def make(root, run, log=(), config=(), **numbers):
-    """Write a result for the run, its config with some options changed."""
-    folder = root / run.folder
-    folder.mkdir(parents=True)
-    config = run.config() | dict(config) if run.options else dict(target="ring8", h="lecam")
-    (folder / "result.json").write_text(json.dumps(dict(config=config, **numbers)))
+def run_of(group, row, seed=0, log=(), **numbers):
+    """A made-up run of a group's row."""
+    return dict(script=GROUPS[group].script, options=GROUPS[group].options(row), seed=seed,
+                numbers=numbers, log=list(log))
+
+
+def kept(*runs):
+    return {name(run["script"], run["options"], run["seed"]): run for run in runs}
+
+
+def put(folder, group, row, seed=0, log=(), **numbers):
+    """Write a run's folder as its script does, its config as the options say."""
+    place = folder / group / f"{row}_seed{seed}"
+    place.mkdir(parents=True)
+    options = GROUPS[group].options(row).split(" --")
+    pairs = [part.strip("-").partition(" ") for part in options]
+    config = {key.replace("-", "_"): value or True for key, _, value in pairs} | dict(seed=seed)
+    (place / "result.json").write_text(json.dumps(dict(config=config, **numbers)))
     if log:
-        keys = list(dict.fromkeys(k for row in log for k in row))
-        lines = [",".join(str(row.get(k, "")) for k in keys) for row in log]
-        (folder / "log.csv").write_text("\n".join([",".join(keys), *lines]))
-    return folder
+        lines = [",".join(log[0]), *(",".join(str(v) for v in row.values()) for row in log)]
+        (place / "log.csv").write_text("\n".join(lines))
+    return place
 
 
-# ------------------------------------------------------------------------------------- the groups
+# ------------------------------------------------------------------------------- groups and names
 
-def test_every_run_is_what_its_options_say():
-    runs = runs_of(GROUPS)
-    assert len({run.folder for run in runs}) == len(runs) > 200
-    for run in runs:
-        config = run.config() if run.options else {}
-        words = run.options.split()
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_run_is_what_its_options_say(group):
+    for row, own in GROUPS[group].rows.items():
+        words = GROUPS[group].options(row).split()
+        if not own.startswith("--"):                    # an edit of the code
+            continue
+        script = importlib.import_module(GROUPS[group].script.removesuffix(".py"))
+        config = vars(script.parse(words)[0])
         for flag, value in zip(words, [*words[1:], "--"]):
-            name = flag[2:].replace("-", "_")
-            if flag.startswith("--") and name != "preset":
-                said = True if value.startswith("--") else value
-                assert config[name] == (type(config[name])(said)), (run, flag)
-    assert runs_of(GROUPS, ["paper"])[0].config()["kimg"] == 15_000
+            key = flag[2:].replace("-", "_")
+            if flag.startswith("--") and key != "preset":
+                value = True if value.startswith("--") else value
+                assert config[key] == type(config[key])(value), (row, flag)
 
 
-def test_runs_of_one_group_differ():
-    for name in GROUPS:
-        runs = [run for run in runs_of(GROUPS, [name]) if run.options]
-        assert len({run.identity() for run in runs}) == len(runs), name
+def test_a_name_is_script_options_and_seed():
+    assert name("a.py", "--h sba --lam -1", 2) == "a.py --h sba --lam -1 --seed 2"
+    for h, lam in (("be", -1), ("kl", 0), ("ls", 1)):           # Table 1
+        assert name("a.py", f"--h {h}", 0) == name("a.py", f"--lam {lam} --h sba", 0)
+    assert name("a.py", "--b x --gan 1 --kimg 6", 0) == name("a.py", "--kimg 16 --gan 1 --b x", 0)
+    assert len({name("a.py", "--h kl", 0), name("b.py", "--h kl", 0), name("a.py", "--h kl", 1),
+                name("a.py", "--h lr", 0), name("a.py", "swap", 0)}) == 5
+    for group in GROUPS.values():
+        names = {name(group.script, group.options(row), 0) for row in group.rows}
+        assert len(names) == len(group.rows)
 
 
-def test_two_names_of_a_row_are_one_run():
-    """BE is SBA -1, KL SBA 0, LS SBA 1; LR is no SBA."""
-    for row, other in (("be", "-1"), ("kl", "0"), ("ls", "1"), ("sba_3", "3")):
-        assert the("every_h", row).identity() == the("plane_lam", f"learned_256_{other}").identity()
-    others = {run.identity() for run in runs_of(GROUPS, ["plane_lam"])}
-    own = {run.row for run in runs_of(GROUPS, ["every_h"], 1) if run.identity() not in others}
-    assert own == {"sba_-0.5", "lr", "sba_10", "srkl"}
-    assert the("every_h", "kl", 0).identity() != the("every_h", "kl", 1).identity()
+def test_a_longer_run_holds_the_shorter():
+    log = [dict(kimg=k, to_teacher=v) for k, v in ((0, 9), (4, 4), (6.016, 3), (16, 1))]
+    runs = kept(run_of("images", "kl", log=log, images=16000))
+    short = found(runs, GROUPS["images_every_h"], "kl", 0)
+    assert short["numbers"]["to_teacher"] == 3 and short["log"] == log[:3]
+    assert found(runs, GROUPS["images"], "kl", 0)["numbers"] == log[3] | dict(images=16000)
+    cut = kept(run_of("images", "kl", log=log[:3]))
+    assert found(cut, GROUPS["images"], "kl", 0) is None
+    assert found(runs, GROUPS["images"], "kl", 1) is None
 
 
-# ------------------------------------------------------------------------------- found, or missing
+# -------------------------------------------------------------------------------- kept and missing
 
-def test_a_result_serves_every_group(tmp_path):
-    make(tmp_path, the("plane_lam", "learned_256_-1"), config=dict(device="cuda"), ess=0.5)
-    results = Results(tmp_path, GROUPS)
-    assert results.of(the("every_h", "be")).result["ess"] == 0.5
-    assert results.of(the("every_h", "be", 1)) is None
-    assert not results.missing([the("plane_lam", "learned_256_-1"), the("every_h", "be")])
-    rows = results.rows("every_h")
-    assert list(rows) == ["be"] and list(rows["be"]) == [0]
+def test_a_line_is_read_as_it_was_written(tmp_path):
+    runs = kept(run_of("images", "kl", log=[dict(kimg=0, is_=1.5), dict(kimg=2, ess=0.25)]),
+                run_of("exercises", "swap", on_mode=0.75))
+    write(runs, tmp_path / "runs.jsonl")
+    assert read(tmp_path / "runs.jsonl") == runs and read(tmp_path / "none.jsonl") == {}
 
 
-def test_a_result_of_other_options_is_none(tmp_path):
-    run = the("every_h", "lr")
-    folder = make(tmp_path, run, config=dict(steps=50))
-    assert list(Results(tmp_path, GROUPS).missing([run])) == [folder]
+def test_collect_keeps_what_finished(here):
+    """Numbers and log of each run, frames, samples and pictures of some; the longer run stays."""
+    x = np.ones((2, 5, 2), np.float16)
+    history = [dict(step=90, on_mode=0.123456)]
+    for group, row in (("plane_lam", "learned_256_5"), ("exercises", "swap")):
+        place = put(here / "away", group, row, history=history, on_mode=0.5)
+        np.savez(place / "frames.npz", step=np.arange(2), x=x, log_r=x)
+        np.save(place / "samples.npy", x[0])
+    Image.new("RGB", (7, 5)).save(here / "away/plane_lam/learned_256_5_seed0/picture.png")
+    put(here / "away", "images", "sba_5", 1, [dict(kimg=0, score=1), dict(kimg=16, score=3)])
+    (here / "away/images/kl_seed0").mkdir()                                 # not finished
+    (here / "figures").mkdir()
+    assert experiments.collect(here / "away") == 3
+    rows = experiments.all_rows()
+    for group, row in (("every_h", "sba_5"), ("page", "learned_sba_5"), ("exercises", "swap")):
+        run, = rows[group][row]
+        assert run["numbers"]["on_mode"] == 0.5 and run["log"] == [dict(step=90, on_mode=0.1235)]
+        assert (run["samples"] == x[0]).all()
+    film = experiments.film(experiments.arrays("page_frames.npz"), "learned_sba_5")
+    assert (film["x"] == x).all() and len(experiments.arrays("page_frames.npz")) == 3
+    assert Image.open(here / "figures/toy2d_sba_5.png").size == (7, 5)
+    run, = rows["images"]["sba_5"]
+    assert run["numbers"]["is"] == 3 and len(run["log"]) == 2
+    put(here / "again", "images_every_h", "sba_5", 1, [dict(kimg=6, score=9)])
+    experiments.collect(here / "again")
+    assert experiments.all_rows()["images"]["sba_5"] == [run]
 
 
-def test_an_option_younger_than_a_result_had_its_default():
-    run = the("every_h", "lr")
-    older = {k: v for k, v in run.config().items() if k != "part"}
-    assert identity(TOY, older) == run.identity()
-    assert identity(TOY, older | dict(gone=1)) != run.identity()
+@pytest.mark.parametrize("change, said", [
+    (dict(lam=3), "--lam 3, and not with 5"), (dict(seed=1), "--seed 1, and not with 0"),
+    (dict(teacher="b.pt"), "--teacher b.pt, and not with pretrained/compact_teacher.pt"),
+    (dict(h="kl"), "--h kl"), (dict(kimg=None), "--kimg None")])
+def test_a_run_of_other_options_is_refused(here, change, said):
+    place = put(here, "images", "sba_5", log=[dict(kimg=16)])
+    config = json.loads((place / "result.json").read_text())["config"]
+    (place / "result.json").write_text(json.dumps(dict(config=config | change)))
+    with pytest.raises(ValueError, match=f"images/sba_5_seed0 was run with {said}"):
+        experiments.collect(here)
 
 
-def test_a_longer_run_on_images_holds_the_shorter(tmp_path):
-    short, long = the("images_every_h", "kl"), the("images", "kl")
-    assert list(Results(tmp_path, GROUPS).missing([short, long])) == [tmp_path / long.folder]
-    make(tmp_path, long, [dict(kimg=k, to_teacher=v) for k, v in (
-        (0, 9), (2.016, 5), (4, 4), (6.016, 3), (8, 2), (16, 1))])
-    results = Results(tmp_path, GROUPS)
-    assert results.of(short).numbers()["to_teacher"] == 3
-    assert results.of(long).numbers()["to_teacher"] == 1
-    cut = results.of(long)
-    assert cut.until(7) is None and cut.until(17) is None
+def test_one_number_or_file_has_many_spellings(here):
+    place = put(here, "paper_setting", "kl", log=[dict(kimg=50)])
+    config = json.loads((place / "result.json").read_text())["config"]
+    config |= dict(lr_g=0.00001, data="/elsewhere/runs/unguided.zip", kimg=50.0,
+                   bank=config.pop("teacher_samples"))          # as an older version called it
+    (place / "result.json").write_text(json.dumps(dict(config=config)))
+    assert experiments.collect(here) == 1 and experiments.all_rows()["paper_setting"]["kl"]
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
-    run = the("images", "sba_5", 2)
-    (tmp_path / run.folder).mkdir(parents=True)
-    command = Results(tmp_path, GROUPS).missing([run])[tmp_path / run.folder]
-    options = "--h sba --lam 5 --kimg 16 --eval-every 2 --seed 2"
-    assert command == [sys.executable, "cifar_distill.py", *options.split(),
-                       "--out", str(tmp_path / run.folder)]
-    (tmp_path / run.folder / "checkpoint.pt").touch()
-    assert Results(tmp_path, GROUPS).missing([run])[tmp_path / run.folder] == [*command, "--resume"]
+def test_what_is_missing_is_made_once_and_goes_on(tmp_path):
+    """BE is lambda = -1 of another group; an edit of the code is never run; the longer run is made
+    for two groups; a checkpoint is gone on with."""
+    runs = kept(run_of("plane_lam", "learned_256_-1"))
+    places = missing(runs, GROUPS, ["every_h", "exercises"], 1, tmp_path)
+    assert not {"every_h/be_seed0", "exercises/swap_seed0"} & {
+        str(place.relative_to(tmp_path)) for place in places}
+    assert len(places) == 9 + 9                 # every_h without BE; exercises without three edits
+    folder = tmp_path / "images/sba_5_seed2"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    commands = missing({}, GROUPS, ["images_every_h", "images"], None, tmp_path)
+    assert tmp_path / "images_every_h/sba_5_seed2" not in commands
+    assert commands[folder] == [
+        sys.executable, "cifar_distill.py", *GROUPS["images"].options("sba_5").split(),
+        "--seed", "2", "--out", str(folder), "--resume"]
+    assert "--resume" not in commands[tmp_path / "images/sba_5_seed1"]
 
 
-def test_an_edit_of_the_code_is_made_by_hand(tmp_path):
-    """It is never run, and its result, however like another's, is its own row's alone."""
-    edit = the("exercises", "swap")
-    make(tmp_path, edit, ess=0.25)
-    (tmp_path / edit.folder / "result.json").write_text(
-        json.dumps(dict(config=the("every_h", "be").config(), ess=0.25)))
-    results = Results(tmp_path, GROUPS)
-    assert results.of(edit).result["ess"] == 0.25 and results.of(the("every_h", "be")) is None
-    assert not results.missing([the("exercises", "lecam")])
+# ------------------------------------------------------------------------------------------- made
 
+@pytest.fixture(autouse=True)
+def on_a_busy_machine(monkeypatch):
+    """Runs don't yield to other work here: a test would wait for it."""
+    monkeypatch.delattr(os, "setpriority", raising=False)
 
-@pytest.mark.parametrize("file, text", [("result.json", "{"), ("result.json", "[]"),
-                                        ("result.json", '{"config": {}}'), ("log.csv", "kimg\nx"),
-                                        ("log.csv", "")])
-def test_a_broken_result_is_named(tmp_path, file, text):
-    folder = make(tmp_path, the("images", "kl"), [dict(kimg=16)])
-    (folder / file).write_text(text)
-    with pytest.raises(ValueError, match="images/kl_seed0"):
-        Results(tmp_path, GROUPS)
-
-
-# ------------------------------------------------------------------------------------------- runs
 
 def python(code):
     return [sys.executable, "-c", code]
 
 
-def test_jobs_run_apart_and_one_that_fails_is_told_in_a_line(tmp_path, capsys):
+def test_jobs_run_apart_and_one_that_fails_says_why(tmp_path, capsys):
     code = "import os; open({!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
     commands = {tmp_path / str(i): python(code.format(str(tmp_path / f"{i}.txt"))) for i in (1, 2)}
     commands[tmp_path / "bad"] = python("import sys; print('first'); sys.exit('the reason')")
-    assert run_all(commands, tmp_path, 2) == 1
+    assert make(commands, tmp_path, 2) == 1
     assert [(tmp_path / f"{i}.txt").read_text() for i in (1, 2)] == ["1", "1"]
-    told = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
-    assert told == [f"{tmp_path}/bad failed: the reason"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert said == [f"{tmp_path}/bad failed: the reason"]
 
 
 def test_a_signal_is_handed_on_once_and_begins_nothing_more(tmp_path, capsys):
@@ -159,31 +199,28 @@ def test_a_signal_is_handed_on_once_and_begins_nothing_more(tmp_path, capsys):
              "os.kill(os.getppid(), signal.SIGTERM)\n"
              "time.sleep(60)")
     commands = {tmp_path / "a": python(saves), tmp_path / "b": python("open('begun', 'w')")}
-    assert run_all(commands, tmp_path, 1) == 128 + signal.SIGTERM
+    assert make(commands, tmp_path, 1) == 128 + signal.SIGTERM
     assert (tmp_path / "saved").read_text() == "x" and not (tmp_path / "begun").exists()
     assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
-def test_run_draws_tells_and_makes_nothing_twice(tmp_path, monkeypatch, capsys):
+def test_run_makes_keeps_and_shows_and_makes_nothing_twice(here, monkeypatch, capsys):
     """Two real runs: one that ends well, and one that diverges."""
-    short = "--steps 3 --batch 16 --width 8 --init-steps 1"
+    short = "--steps 3 --batch 32 --width 8 --init-steps 1"
     monkeypatch.setitem(GROUPS, "tiny", Group("tiny", TOY, {
         "good": "--h kl", "bad": "--h sba --lam 5 --lr-f 1e12"}, PLANE, short, 1))
-    argv = ["--run", "tiny", "--results", str(tmp_path / "r"), "--figures", str(tmp_path / "f"),
-            "--jobs", "2"]
-    assert experiments.main(argv) == 1
+    monkeypatch.chdir(experiments.__file__.rpartition("/")[0])
+    monkeypatch.setattr(experiments, "make", lambda commands, cwd, n: make(commands, ".", n))
+    assert experiments.main(["--run", "tiny", "--jobs", "2"]) == 1
     said = capsys.readouterr()
-    told, = (line for line in said.err.splitlines() if "failed" in line)
-    assert "tiny/bad_seed0 failed: toy2d.py: step 2: " in told
+    assert "tiny/bad_seed0 failed: toy2d.py: step 2: " in said.err
     assert f"tiny: tiny, by toy2d.py {short}\n\n| options | seeds |" in said.out
     assert "| `--h kl` | 1 |" in said.out and "lam 5" not in said.out
-    folder = tmp_path / "r/tiny/good_seed0"
-    assert {"result.json", "samples.npy", "frames.npz"} <= set(os.listdir(folder))
-    written = (folder / "result.json").stat().st_mtime_ns
+    assert set(os.listdir(here / "figures")) == {"weights.png", "teachers.png"}
     monkeypatch.setitem(GROUPS, "tiny", Group("tiny", TOY, {"good": "--h sba --lam 0"}, PLANE,
                                               short, 1))
-    assert experiments.main(argv) == 0                      # KL's result, whatever its name
-    assert (folder / "result.json").stat().st_mtime_ns == written
+    monkeypatch.setattr(experiments, "make", lambda commands, *_: len(commands))
+    assert experiments.main(["--run", "tiny"]) == 0         # it is KL's run, whatever its name
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -196,119 +233,100 @@ def test_bad_options_are_one_line(argv, said, capsys):
     assert stop.value.code == 2 and said in err and err.count("\n") == 1
 
 
-def test_without_results_it_says_what_makes_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--run makes them"):
-        experiments.main(["--results", str(tmp_path), "--figures", str(tmp_path / "figures")])
-    assert not (tmp_path / "figures").exists()
+# ---------------------------------------------------------------------------------------- tables
 
-
-# ------------------------------------------------------------------------------ tables, pictures
-
-def in_the_plane(root, run, modes=3, error=0.25):
-    folder = make(root, run, modes_covered=modes, mode_tv=0.5, on_mode=0.75, log_r_error=error,
-                  ess=0.125)
-    np.save(folder / "samples.npy", np.zeros((5, 2), np.float16))
-    np.savez(folder / "frames.npz", step=np.array([1, 9]), x=np.zeros((2, 5, 2), np.float16))
-
-
-def on_images(root, run, last, tau=1):
-    """Distances that fall to `last` at 6,000 images, and on to half of it."""
-    names = ("to_data", "precision", "recall", "score", "ess", "log_r_std")
-    rows = [dict(kimg=0, to_teacher=10, to_data=20, score=1)]
-    rows += [dict(kimg=k, to_teacher=last if k == 6 else last / 2) | {
-        name: i + 1 for i, name in enumerate(names)} | dict(tau=tau)
-        for k in (6, 16) if k <= run.kimg()]
-    make(root, run, rows)
-
-
-def test_plane_table(tmp_path):
-    for seed, modes in enumerate((8, 5, 6)):
-        in_the_plane(tmp_path, the("plane_lam", "exact_256_5", seed), modes, None)
-    in_the_plane(tmp_path, the("plane_lam", "learned_256_5"))
-    in_the_plane(tmp_path, the("exercises", "lecam"))
-    tables = dict(experiments.tables(Results(tmp_path, GROUPS)))
-    assert set(tables) == {"plane_lam", "page", "every_h", "plane_help", "exercises"}   # with SBA 5
+def test_plane_table():
+    runs = [run_of("plane_lam", "exact_256_5", seed, modes_covered=modes, mode_tv=0.5,
+                   log_r_error=None) for seed, modes in enumerate((8, 5, 6))]
+    low = {"0.02": 3.25, "2": 0.5}
+    runs += [run_of("plane_lam", "learned_256_5", modes_covered=3, mode_tv=0.25, log_r_error=0.75,
+                    log_r_error_by_sigma=low), run_of("exercises", "lecam", modes_covered=4)]
     mean, std = statistics.mean((8, 5, 6)), statistics.stdev((8, 5, 6))
-    assert tables["plane_lam"] == (
-        "| options | seeds | modes | mode TV | on a mode | log r error | ESS |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| `--h sba --lam 5` | 1 | 3.0 | 0.500 | 0.750 | 0.25 | 0.12 |\n"
-        f"| `--h sba --lam 5 --ratio exact` | 3 | {mean:.1f} ± {std:.1f} | 0.500 ± 0.000 "
-        "| 0.750 ± 0.000 |  | 0.12 ± 0.00 |\n")
-    assert "| 1: h of Le Cam | 1 | 3.0 |" in tables["exercises"]
+    assert table(GROUPS["plane_lam"], rows_of(kept(*runs), GROUPS["plane_lam"])) == (
+        "| options | seeds | modes | mode TV | log r error | at the lowest sigma |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| `--h sba --lam 5` | 1 | 3.0 | 0.250 | 0.75 | 3.2 |\n"
+        "| `--h sba --lam 5 --ratio exact` | 3 "
+        f"| {mean:.1f} ± {std:.1f} | 0.500 ± 0.000 |  |  |\n")
+    exercises = table(GROUPS["exercises"], rows_of(kept(*runs), GROUPS["exercises"]))
+    assert exercises.splitlines()[2] == "| 1: h of Le Cam | 1 | 4.0 |"
 
 
-def test_images_table_compares_with_kl_of_the_same_seed(tmp_path):
+def test_images_table_compares_with_kl_of_the_same_seed():
+    runs = []
     for seed, kl in enumerate((1, 2, 4)):
-        on_images(tmp_path, the("images", "kl", seed), 2 * kl)
+        runs.append(run_of("images", "kl", seed, [dict(kimg=16, to_teacher=kl, tau=1)]))
         if seed:
-            on_images(tmp_path, the("images_every_h", "sba_5", seed), 2 * kl + seed, tau=0.5)
-    tables = dict(experiments.tables(Results(tmp_path, GROUPS)))
-    mean, std = statistics.mean((5, 10)), statistics.stdev((5, 10))
-    assert f"| held, `--h sba --lam 5` | 2 | {mean:.2f} ± {std:.2f} | 1.50 ± 0.71 | 1.00" in (
-        tables["images_every_h"])
-    assert "| `--h kl` | 3 | 2.33 ± 1.53 | 0.00 ± 0.00 |" in tables["images"]
-    assert "| `--h kl` | 3 | 4.67 ± 3.06 | 0.00 ± 0.00 |" in tables["images_every_h"]
-    assert tables["images"].splitlines()[0].endswith("| score | tau |")
+            last = dict(kimg=16, to_teacher=kl + seed, tau=0.5)
+            runs.append(run_of("images", "sba_5", seed, [last]))
+    group = GROUPS["images"]
+    head, _, of_kl, of_sba = table(group, rows_of(kept(*runs), group)).splitlines()
+    assert head == "| options | seeds | to the teacher's samples | minus KL's, same seed | tau |"
+    assert of_kl == "| `--h kl` | 3 | 2.33 ± 1.53 | 0.00 ± 0.00 | 1.00 ± 0.00 |"
+    assert of_sba == "| tempered, `--h sba --lam 5` | 2 | 4.50 ± 2.12 | 1.50 ± 0.71 | 0.50 ± 0.00 |"
 
 
-def test_without_the_teachers_samples_the_data_is_the_measure(tmp_path):
-    for row, to_data in (("kl", 5), ("sba_5", 7)):
-        make(tmp_path, the("paper", row), [dict(kimg=15_000, to_data=to_data)])
-    head, _, kl, sba = dict(experiments.tables(Results(tmp_path, GROUPS)))["paper"].splitlines()
-    assert head == "| options | seeds | minus KL's, same seed | to the data |"
-    assert sba == "| `--h sba --lam 5` | 1 | 2.00 | 7.00 |"
+# -------------------------------------------------------------------------------------- pictures
+
+def test_every_picture_is_drawn_of_few_runs(here):
+    """One seed, one line, one part; runs without samples. The host's settings stay, and pyplot,
+    which keeps figures, knows of none."""
+    log = [dict(kimg=k, to_teacher=9, to_data=5, precision=0.5, tau=0.5) for k in (0, 100)]
+    runs = [run_of(group, list(GROUPS[group].rows)[0], modes_covered=3, mode_tv=0.5,
+                   log=() if GROUPS[group].script == TOY else log)
+            for group, _ in experiments.PICTURES.values()]
+    for script, file in FILES.items():
+        write({k: v for k, v in kept(*runs).items() if v["script"] == script}, here / file)
+    before = dict(matplotlib.rcParams)
+    experiments.draw(experiments.all_rows())
+    assert {p.name for p in (here / "figures").iterdir()} == {
+        f"{picture}.png" for picture in (*experiments.PICTURES, "weights", "teachers")}
+    assert all(Image.open(path).width == 1200 for path in (here / "figures").iterdir())
+    assert {k: v for k, v in before.items() if k != "backend"} == {
+        k: v for k, v in matplotlib.rcParams.items() if k != "backend"}
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 
-def test_every_group_with_results_has_its_picture(tmp_path):
-    for name, most in (("plane_lam", 2), ("every_h", 1), ("exercises", 1)):
-        for run in runs_of(GROUPS, [name], most):
-            in_the_plane(tmp_path, run)
-    for name, most in (("images", 2), ("images_every_h", 1)):
-        for run in runs_of(GROUPS, [name], most):
-            on_images(tmp_path, run, 1 + run.seed)
-    learns = dict(seen=9, fd_compact=2.0, is_compact=3.0, decayed=True)
-    guided = dict(tag="final", weak="none", w=1, fd=2.0, precision=0.5, recall=0.5)
-    (tmp_path / "teacher").mkdir()
-    for name, record in (("curve_compact.jsonl", learns), ("guidance.jsonl", guided)):
-        (tmp_path / "teacher" / name).write_text(json.dumps(record) + "\n")
-    samples = tmp_path / the("images", "kl").folder / "samples.png"
-    Image.new("RGB", (7, 5)).save(samples)
-    figures = tmp_path / "figures"
-    assert experiments.main(["--results", str(tmp_path), "--figures", str(figures), "--gif"]) == 0
-    sizes = {path.name: Image.open(path).size for path in figures.iterdir()}
-    assert sizes.pop("cifar_kl.png") == (7, 5)
-    assert sizes.pop("toy2d.gif") == (810, 450)
-    assert set(sizes) == {f"{name}.png" for name in (
-        "strip", "weights", "plane_lam", "toy2d_modes", "exercises", "images", "images_every_h",
-        "plane_parts", "teachers")}
-    assert all(width >= 900 for width, _ in sizes.values())
-
-
-def test_a_picture_of_few_results(tmp_path):
-    """What is missing is left out: one seed, one line, one part; runs without samples."""
-    for row in ("exact_256_3", "level_5"):
-        make(tmp_path, the("plane_lam", row, 3), modes_covered=3, mode_tv=0.5)
-    make(tmp_path, the("exercises", "fine"), modes_covered=3)
-    on_images(tmp_path, the("images_every_h", "lr"), 1)
-    figures = tmp_path / "figures"
-    experiments.draw(Results(tmp_path, GROUPS), figures)
-    assert {"plane_lam.png", "exercises.png", "images_every_h.png"} < set(os.listdir(figures))
-    with pytest.raises(FileNotFoundError, match="--run every_h"):
-        experiments.draw_gif(Results(tmp_path, GROUPS), figures)
-
-
-def test_lambda_picture_shows_means_and_spreads(tmp_path):
-    for seed, modes in enumerate((8, 5, 6)):
-        in_the_plane(tmp_path, the("plane_lam", "exact_256_5", seed), modes, None)
-        in_the_plane(tmp_path, the("plane_lam", "level_-1", seed), modes)
-    rows = Results(tmp_path, GROUPS).rows("plane_lam")
-    line, = experiments.lambda_picture(rows).axes[0].containers
-    *_, bar = experiments.parts_picture(rows).axes[0].containers
+def test_pictures_of_lambda_show_means_and_spreads():
+    numbers = [dict(modes_covered=modes, mode_tv=0.5) for modes in (8, 5, 6)]
+    rows = {row: [dict(options="", seed=seed, numbers=n, log=[]) for seed, n in enumerate(numbers)]
+            for row in ("exact_256_5", "level_-1")}
+    fig = plots.plane_lam(rows, {-1: 0.25, 3: 4300 / 3})
+    line, = fig.axes[0].containers
     assert line.get_label() == "exact r, batch 256 (seeds: 3)"
     assert line[0].get_ydata() == pytest.approx([19 / 3])
-    cost, even = experiments.lambda_picture(rows).axes[1].lines
-    assert cost.get_ydata()[-2] == pytest.approx(4300 / 3) and even.get_ydata()[0] == 1
     low, high = line[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(statistics.stdev((8, 5, 6)))
+    assert fig.axes[1].lines[0].get_ydata() == pytest.approx([0.25, 4300 / 3])
+    *_, bar = plots.plane_parts(rows).axes[0].containers
     assert bar[0].get_height() == pytest.approx(19 / 3)
+
+
+def test_curves_show_the_mean_of_the_seeds_until_the_shortest_ends():
+    logs = [[dict(kimg=k, recall=v) for k, v in enumerate(vs)] for vs in ((1, 2, 3), (3, 6))]
+    fig = plots.curves({"kl": [dict(log=log) for log in logs]}, names={"kl": "KL, tempered"})
+    assert len(fig.axes) == 2 and fig.axes[0].get_title() == "recall"
+    assert fig.axes[0].lines[0].get_ydata().tolist() == [2, 4]
+    band = fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(2 - 2 ** 0.5) and band.max() == pytest.approx(4 + 8 ** 0.5)
+    assert fig.legends[0].get_texts()[0].get_text() == "KL, tempered"
+
+
+def test_rows_of_classes_have_their_names_beside_them(tmp_path, monkeypatch):
+    """Each name stands at the middle of its row, whose images are the class's."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda fig, *a, **k: figures.append(fig))
+    images = torch.arange(6).mul(40).byte()[:, None, None, None].expand(6, 3, 4, 4)
+    plots.side_by_side({"teacher": images, "student": images}, "x.png", 2, ["cat", "dog"])
+    ax, other = figures[0].axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["cat", "dog"]
+    picture = ax.images[0].get_array()                          # two rows of 4, a line between
+    at = [round(y) for y in ax.get_yticks()]
+    assert [picture[y, ::5, 0].tolist() for y in at] == [[0, 80, 160], [40, 120, 200]]
+    assert picture.shape[:2] == (9, 14) and len(other.get_yticks()) == 0
+
+
+def test_a_picture_without_a_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the suffix says"):
+        plots.save_figure(plots.weights(), tmp_path / "picture")
