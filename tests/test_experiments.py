@@ -3,6 +3,7 @@ are made, kept and found again; tables and pictures say what made-up runs said."
 import importlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -219,6 +220,7 @@ def test_run_makes_keeps_and_shows_and_makes_nothing_twice(here, monkeypatch, ca
     assert set(os.listdir(here / "figures")) == {"weights.png", "teachers.png"}
     monkeypatch.setitem(GROUPS, "tiny", Group("tiny", TOY, {"good": "--h sba --lam 0"}, PLANE,
                                               short, 1))
+    shutil.rmtree(here / "runs")
     monkeypatch.setattr(experiments, "make", lambda commands, *_: len(commands))
     assert experiments.main(["--run", "tiny"]) == 0         # it is KL's run, whatever its name
 

@@ -101,7 +101,7 @@ def parse(script, argv):
 
 def flags(script):
     """Return every --option that a script takes, in any of its commands."""
-    smallest = dict(edm=["sample", "x"], fid=["x", "y"], bench=[], bregman=None)
+    smallest = dict(edm=["sample", "x"], fid=["x", "y"], train_teacher=["--out", "x"])
     found, todo = set(), [] if script == "bregman" else [parse(script, smallest.get(script, []))]
     for parser in todo:
         for action in parser._actions:
