@@ -184,9 +184,6 @@ def factorise(log_w, log_mean, rate):
     return by_level, log_w - by_level
 
 
-split = factorise               # until cifar_distill.py has the new name
-
-
 # --------------------------------------------------------------------------------- which way is r?
 
 def which_way(log_ratio):

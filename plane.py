@@ -193,39 +193,3 @@ def mode_statistics(x, target):
                 modes_covered=int((weights > target.weights / 4).sum()),
                 mode_tv=float((weights - target.weights).abs().sum() / 2),
                 on_mode=float((distance < 4 * target.std).float().mean()))
-
-
-# ------------------------------------------------------------------- what does lambda ask for?
-
-def main(argv):
-    from pathlib import Path
-
-    import bregman
-    from plumbing.options import Parser
-    Parser(prog="plane.py", description=__doc__.splitlines()[0]).parse_args(argv)
-    from toy2d import mlp
-    ring = TARGETS["ring8"]
-    student = torch.load(Path(__file__).parent / "fixtures/students.pt", weights_only=True)["kl"]
-    eight = mlp(2, 2, student["config"]["width"], lambda: torch.nn.LeakyReLU(0.1))
-    eight.load_state_dict(student["weights"])
-    levels = torch.logspace(math.log10(0.02), math.log10(2), 13)
-    log_r = [[[log_ratios(G, ring, sigma, 500, g) for sigma in levels.tolist()]
-              for g in (torch.Generator().manual_seed(seed) for seed in range(3))]
-             for G in (eight, lambda z: ring.means[0] + ring.std * z)]
-    print("| lam | KL's eight modes, sigma = 0.02 | all levels | one mode, sigma = 0.02 "
-          f"| all levels |\n|{'---|' * 5}")
-    for lam in (-1, 0, 0.5, 1, 3, 5):
-        h, cells = bregman.get("sba", lam), []
-        for draws in log_r:
-            D = torch.tensor([[divergence(h, at) for at in draw] for draw in draws])    # (3, 13)
-            every = torch.trapezoid(levels * D, dim=1) / (len(levels) - 1)      # w(t) = sigma
-            cells += [f"{x.mean():.2g} ± {x.std():.1g}" for x in (D[:, 0], every)]
-        print(f"| {lam:g} | {' | '.join(cells)} |")
-    print("\nD_h(r || 1) with log r clipped at +-5, by the exact ruler, from 500 samples of q and "
-          "500 of p a level,\nmean and standard deviation of 3 draws. All levels: the log-uniform "
-          "mean of sigma D_h, sigma from 0.02 to 2.")
-
-
-if __name__ == "__main__":
-    import sys
-    main(sys.argv[1:])

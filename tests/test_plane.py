@@ -17,6 +17,8 @@ from scipy.integrate import quad
 from torch import nn
 
 import bregman
+import experiments
+import plane
 from plane import TARGETS, Mixture, divergence, log_q, log_ratios, mode_statistics
 from toy2d import Config, distil, mlp
 
@@ -75,7 +77,8 @@ def make():
 
 def with_truth(student):
     """Return it with its densities by brute force: at each point with twice the latents on an axis,
-    until that changes little. The few points where it always does are left out."""
+    until that changes little. The few points where it always does are left out. Print how far off
+    log_q is, root mean square and at most."""
     G = rebuild(student)
     found = dict(sigma=list(LEVELS), x_t=[], log_q=[], log_q_coarse=[])
     for s in LEVELS:
@@ -84,8 +87,14 @@ def with_truth(student):
         while (open := (fine - coarse).abs() > 0.01).any() and n < 8 * COARSE:
             n, coarse[open] = 2 * n, fine[open]
             fine[open] = brute_force(G, [x[open]], [s], n)[0]
+        x, coarse, fine = x[~open], coarse[~open], fine[~open]
+        print(f"{s}: {len(x)} of 512 points settle with at most {n} latents on an axis")
+        for cells, splits in ((128, 2), (64, 2), (128, 0), (32, 0)):
+            off = log_q(G, x, torch.full((len(x), 1), s), cells, splits) - fine
+            print(f"{s}: {cells} cells, {splits} splits: {off.square().mean().sqrt():.4f}, "
+                  f"{off.abs().max():.2f}", flush=True)
         for key, value in (("x_t", x), ("log_q", fine), ("log_q_coarse", coarse)):
-            found[key].append(value[~open])
+            found[key].append(value)
     return student | found
 
 
@@ -222,6 +231,18 @@ def test_what_lambda_asks_for():
             sum(sigma * divergence(h, log_r) for sigma, log_r in zip(levels, some))
             for some in (one, eight))
         assert (cost_of_one < cost_of_eight) == prefers_one
+
+
+def test_table_of_what_lambda_asks_for(monkeypatch, capsys):
+    """With r = 2 everywhere for the eight and r = 4 for the one D_h is 2 B(r) / (1 + r), where
+    B(r) = (r - 1)^2 / 2 at lam = 1; the mean of sigma over all levels is 1.98 / ln 100."""
+    monkeypatch.setattr(plane, "log_ratios", lambda G, target, sigma, n, g: torch.full(
+        (2,), math.log(2 if isinstance(G, nn.Module) else 4)))
+    experiments.divergence_table()
+    row, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |"))
+    got = [float(cell.split("±")[0]) for cell in row.split("|")[2:-1]]
+    mean = 1.98 / math.log(100)
+    assert got == pytest.approx([1 / 3, mean / 3, 1.8, 1.8 * mean], rel=0.05)
 
 
 # --------------------------------------------------------------------------------- the teachers
