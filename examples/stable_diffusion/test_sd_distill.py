@@ -1,8 +1,10 @@
 """sd_distill.py on tiny random networks: diffusers' own pipeline, Eq. (4), a problem with a known
-answer, runs killed and taken up again, adapters that others load. Nothing is downloaded."""
+answer, runs stopped and taken up again, adapters that others load. Nothing is downloaded."""
 import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import string
@@ -18,15 +20,16 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from safetensors import safe_open                       # noqa: E402
+from PIL import Image                                   # noqa: E402
 from safetensors.torch import save_file                 # noqa: E402
 
+import latents                                          # noqa: E402
 import sd_distill                                       # noqa: E402
 from edm import Guided                                  # noqa: E402
-from plumbing.latents import embed, load_model          # noqa: E402
+from latents import embed, load_model                   # noqa: E402
 from sd_distill import SD, Config, SDPrecond, WithoutPrompt     # noqa: E402
 
-HERE = Path(sd_distill.__file__).parent
+SCRIPT = Path(sd_distill.__file__)
 DDIM = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",      # SD 1.5's own
             clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 OURS = dict(device="cpu", amp="no", batch=4, rank=4, wait_kimg=0.0)
@@ -55,7 +58,7 @@ def texts(n, seed=5, tokens=77):
 
 
 def tiny_pipe():
-    """A whole pipeline, whose tokenizer knows the alphabet."""
+    """Return a whole pipeline, whose tokenizer knows the alphabet."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=[32, 64], latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 2,
@@ -76,7 +79,6 @@ def tiny_pipe():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, prompts, and images with captions, as a user has them."""
-    from PIL import Image
     place = tmp_path_factory.mktemp("sd")
     tiny_pipe().save_pretrained(place / "model")
     (place / "prompts.txt").write_text("a red fox\n\n a house \nthe sea\n")
@@ -89,30 +91,27 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def command(folder, monkeypatch, tmp_path):
-    """-> a function that runs the script's command in this process, with tiny settings."""
-    def run(*more, data=False, out="run"):
-        tiny = dict(prompts=folder / "prompts.txt", model=folder / "model", size=16, bank=5,
-                    steps=2, kimg=0.024, batch=4, rank=4, wait_kimg=0, eval_every=0.012, preview=1,
-                    save_every=0.008, device="cpu", amp="no", out=out)
-        if data:
-            tiny["data"] = folder / "photos"
+    """A function that runs the script's command in this process, with tiny settings."""
+    def run(*more, out="run"):
+        tiny = dict(prompts=folder / "prompts.txt", model=folder / "model", size=16, steps=2,
+                    teacher_samples=5, kimg=0.024, batch=4, rank=4, wait_kimg=0, eval_every=0.012,
+                    preview=1, save_every=0.008, device="cpu", amp="no", out=out)
         argv = [a for k, v in tiny.items() for a in ("--" + k.replace("_", "-"), str(v))]
-        monkeypatch.setattr(sys, "argv", ["sd_distill.py", *argv, *map(str, more)])
+        monkeypatch.setattr(sys, "argv", [os.path.relpath(SCRIPT), *argv, *map(str, more)])
         return sd_distill.main(sys.argv[1:])
     monkeypatch.chdir(tmp_path)
     return run
 
 
-def distiller(net, n=12, seed=1, **options):
-    """A Distiller whose student and fake network have left the teacher."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = dict(prompts=texts(3), captions=texts(n, 6), empty=texts(1, 7),
-                  latents=torch.randn(n, 4, 8, 8, generator=generator))
-    teacher = Guided(net, WithoutPrompt(net, inputs["empty"]), options.get("w", 1.75))
-    d = SD(Config(**OURS | options), teacher, inputs)
+def distiller(net, away=0.03, **options):
+    """Return a Distiller whose student and fake network have left the teacher."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = dict(prompts=texts(3), captions=texts(12, 6), empty=texts(1, 7),
+                  latents=torch.randn(12, 4, 8, 8, generator=generator))
+    d = SD(Config(**OURS | options), Guided(net, WithoutPrompt(net, inputs["empty"]), 1.75), inputs)
     with torch.no_grad():
         for p in [*trained(d.fake), *trained(d.G)]:
-            p += 0.03 * torch.randn(p.shape, generator=generator)
+            p += away * torch.randn(p.shape, generator=generator)
     return d
 
 
@@ -121,12 +120,12 @@ def distiller(net, n=12, seed=1, **options):
 def test_noise_levels_are_stable_diffusions():
     net, abar = tiny_net(), diffusers.DDIMScheduler(**DDIM).alphas_cumprod
     times = torch.tensor([0, 1, 625, 998, 999])
-    sigma = net.levels(times / 999)
+    sigma = net.noise_levels(times / 999)
     close(sigma, ((1 - abar[times]) / abar[times]).sqrt(), rtol=1e-4, atol=0)
     close(sigma[[0, 2, 4]], torch.tensor([0.0292, 2.50, 14.61]), rtol=2e-3, atol=0)
     seen = []
     net.unet.time_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    between = net.levels(torch.tensor([625.5 / 999]))
+    between = net.noise_levels(torch.tensor([625.5 / 999]))
     for s in (*sigma, between, torch.tensor(1e-3), torch.tensor(50.0)):
         net.encode(torch.zeros(1, 4, 8, 8), s, texts(1))
     close(torch.cat(seen), torch.tensor([0, 1, 625, 998, 999, 625.5, 0, 999]), rtol=0, atol=5e-3)
@@ -137,7 +136,7 @@ def test_denoiser_is_diffusers_own_network(size):
     net, c = tiny_net(), texts(3)
     x = 3 * torch.randn(3, 4, size, size, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([3.0, 400.0, 990.0])
-    sigma = net.levels(t / 999)[:, None, None, None]
+    sigma = net.noise_levels(t / 999)[:, None, None, None]
     middle = []
     hook = net.unet.mid_block.register_forward_hook(lambda module, args, out: middle.append(out))
     with torch.no_grad():
@@ -150,19 +149,19 @@ def test_denoiser_is_diffusers_own_network(size):
     assert logits.shape == (3, size // 2, size // 2)
 
 
-@pytest.mark.parametrize("w", [1.0, 3.0])
-def test_euler_is_diffusers_ddim(w):
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_euler_is_diffusers_ddim(guidance):
     """To the last level of its scheduler, which is sigma(0) and not 0."""
     pipe, c, empty = tiny_pipe(), texts(2), texts(1, 7)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(prompt_embeds=c, negative_prompt_embeds=empty.expand(2, -1, -1), latents=z,
-                    num_inference_steps=10, guidance_scale=w, output_type="latent").images
+                    num_inference_steps=10, guidance_scale=guidance, output_type="latent").images
     net = SDPrecond(pipe.unet, pipe.scheduler.alphas_cumprod)
-    teacher = Guided(net, WithoutPrompt(net, empty), w)
+    teacher = Guided(net, WithoutPrompt(net, empty), guidance)
     times = torch.tensor([*pipe.scheduler.timesteps.tolist(), 0])
     assert len(times) == 11
-    sigmas = net.levels(times / 999).tolist()
+    sigmas = net.noise_levels(times / 999).tolist()
     x = z * (1 + sigmas[0] ** 2) ** 0.5                         # their z has the variance of x_vp
     with torch.no_grad():
         for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
@@ -177,15 +176,14 @@ def test_euler_is_diffusers_ddim(w):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_update_is_eq_4(full, checkpointing):
-    """Sample by sample from the scores, with h'' by autograd of h; the networks that it is held
-    against are whole copies, without checkpointing."""
-    net = tiny_net()
-    d = distiller(net, h="sba", lam=2.0, norm="batch", ess=0.0, clip=50.0, full=full,
+    """Sample by sample from the scores, with h'' by autograd of h; the networks that it is compared
+    with are whole copies, without checkpointing."""
+    d = distiller(tiny_net(), h="sba", lam=2.0, norm="batch", ess=0.0, clip=50.0, full=full,
                   gradient_checkpointing=checkpointing)
     G, fake, teacher, again = map(copy.deepcopy, (d.G, d.fake, d.teacher, d.generator))
     for alone in (G, fake):
         alone.unet.disable_gradient_checkpointing()
-    b = d.draw()
+    b = d.sample_batch()
     d.generator.set_state(again.get_state())
     calls = []
     d.G.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -200,8 +198,8 @@ def test_update_is_eq_4(full, checkpointing):
             D_fake, logits = fake(x_t, sigma, c, return_logits=True)
             s_fake, s_real = ((D - x_t) / sigma ** 2 for D in (D_fake, teacher(x_t, sigma, c)))
         r = (-logits.mean().double()).exp().requires_grad_()
-        slope, = torch.autograd.grad(d.h.h(r), r, create_graph=True)
-        second, = torch.autograd.grad(slope, r)
+        first, = torch.autograd.grad(d.h.h(r), r, create_graph=True)
+        second, = torch.autograd.grad(first, r)
         w_t = sigma * (sigma ** 2 + 1).sqrt()
         terms.append(torch.autograd.grad(x, trained(G), w_t * (s_fake - s_real)))
         weights.append((second * r).item())
@@ -249,10 +247,8 @@ def test_teacher_is_untouched(full):
 
 
 def test_networks_begin_as_the_teacher():
-    net, c = tiny_net(), texts(2)
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    d = SD(Config(**OURS), Guided(net, WithoutPrompt(net, texts(1)), 1.75),
-           dict(prompts=c, captions=c, latents=x))
+    net, c, x = tiny_net(), texts(2), torch.ones(2, 4, 8, 8)
+    d = distiller(net, away=0.0)
     with torch.no_grad():
         for student in (d.G, d.fake, d.ema):
             assert torch.equal(student(x, 2.5, c), net(x, 2.5, c))
@@ -278,7 +274,7 @@ MEAN, STD = torch.tensor([0.6, -0.6]), torch.tensor([0.5, 1.0])       # of each 
 
 
 def gaussians(k, generator):
-    """Prompts' numbers k (n,) -> latents (n, 4, 4, 4)."""
+    """Return latents (n, 4, 4, 4) for the prompts' numbers k (n,)."""
     z = torch.randn(len(k), 4, 4, 4, generator=generator)
     return MEAN[k].view(-1, 1, 1, 1) + STD[k].view(-1, 1, 1, 1) * z
 
@@ -294,7 +290,7 @@ def toy_teacher():
     for i in range(steps):
         opt.param_groups[0]["lr"] = 2e-3 * min(1, (i + 1) / 50) * (1 - i / steps)
         x0 = gaussians(k, generator)
-        sigma = net.levels(0.75 * torch.rand(32, generator=generator)).view(-1, 1, 1, 1)
+        sigma = net.noise_levels(0.75 * torch.rand(32, generator=generator)).view(-1, 1, 1, 1)
         D_x = net(x0 + sigma * torch.randn(x0.shape, generator=generator), sigma, c[k])
         opt.zero_grad()
         ((D_x - x0).square() * (1 + sigma ** -2)).mean().backward()
@@ -311,7 +307,7 @@ def toy_distiller(net, c):
 
 
 def toy_errors(d):
-    """-> for each prompt, how far the mean is off, and by what share the standard deviation."""
+    """Return for each prompt how far the mean is off, and by what share the standard deviation."""
     errors = []
     for k in range(2):
         x = sd_distill.sample(d.ema, d.prompts[k:k + 1].repeat(256, 1, 1), (4, 4, 4), (2.5, 0.0),
@@ -335,13 +331,13 @@ def test_student_finds_each_prompts_gaussian(toy_teacher):
 
 def test_student_does_not_with_the_update_turned_round(toy_teacher):
     d = toy_distiller(*toy_teacher)
-    compare = d.compare
+    scores_and_ratio = d.scores_and_ratio
 
     def turned(x_t, b):
-        gap, slope, log_r = compare(x_t, b)
-        return -gap, slope, log_r
+        scores, log_r = scores_and_ratio(x_t, b)
+        return -scores, log_r
 
-    d.compare = turned
+    d.scores_and_ratio = turned
     for _ in range(40):
         d.step()
     errors = toy_errors(d)
@@ -349,7 +345,7 @@ def test_student_does_not_with_the_update_turned_round(toy_teacher):
     assert max(mean for mean, _ in errors) > 1          # it has run away
 
 
-# --------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------- runs
 
 def checkpoint(out="run"):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
@@ -359,9 +355,12 @@ def weights(state):
     return [v for net in ("G", "fake", "ema") for v in state[net].values()]
 
 
-def test_run_stopped_and_resumed_is_the_same_run(command, monkeypatch, capsys):
-    assert command(data=True, out="whole") == 0
-    assert "24 images: whole/student.safetensors" in capsys.readouterr().out
+def test_run_stopped_and_resumed_is_the_same_run(command, folder, monkeypatch, capsys):
+    photos = ("--data", folder / "photos")
+    assert command(*photos, out="whole") == 0
+    out, err = capsys.readouterr()
+    assert "24 images: whole/student.safetensors" in out
+    assert re.search("^12 images: variance .*, neighbours .*, log_r .*, ess .*loss", out, re.M)
     for name in ("grid_000000000.png", "grid_000000024.png", "student.safetensors", "log.csv"):
         assert (Path("whole") / name).stat().st_size > 0
     step = SD.step
@@ -372,13 +371,13 @@ def test_run_stopped_and_resumed_is_the_same_run(command, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(SD, "step", interrupted)
-    assert command(data=True) == 128 + signal.SIGTERM
+    assert command(*photos) == 128 + signal.SIGTERM
     monkeypatch.setattr(SD, "step", step)
-    said = capsys.readouterr().out
-    assert "stopped after 8 images" in said and said.rstrip().endswith("--resume")
+    python, script, *argv = shlex.split(capsys.readouterr().out.split("to go on: ")[1])
     assert checkpoint()["seen"] == 8
     kept = Path("run/inputs.pt").stat()
-    assert command("--resume", data=True) == 0
+    assert python == "python" and Path(script).samefile(SCRIPT) and argv[-1] == "--resume"
+    assert sd_distill.main(argv) == 0                   # what it printed, from the same folder
     assert Path("run/inputs.pt").stat().st_mtime_ns == kept.st_mtime_ns      # not computed again
     a, b = checkpoint("whole"), checkpoint()
     assert a["seen"] == b["seen"] == 24
@@ -386,10 +385,69 @@ def test_run_stopped_and_resumed_is_the_same_run(command, monkeypatch, capsys):
     assert any(row["variance"] > 0 for row in b["rows"])
 
 
+def test_two_processes_are_one(command):
+    """Adam's first moments are gradients here, as its beta_1 is 0; the weights themselves differ by
+    more than rounding where a gradient does not, since Adam divides by its size."""
+    command("--kimg", 0.008)
+    tiny = ["two" if word == "run" else word for word in sys.argv]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--standalone", *tiny], env=dict(os.environ, OMP_NUM_THREADS="1"),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = checkpoint(), checkpoint("two")
+    for opt in ("opt_g", "opt_f"):
+        a, b = ([m["exp_avg"] for m in state[opt]["state"].values()] for state in (one, two))
+        largest = max(gradient.abs().max().item() for gradient in a)
+        assert len(a) == len(b) > 50 and largest > 0
+        for x, y in zip(a, b):
+            close(x, y, rtol=0, atol=1e-3 * largest)
+
+
+def test_sample_and_diffusers_take_the_student(folder, command, capsys):
+    """The adapter computes in diffusers' pipeline what the student computes here."""
+    command("--lr-g", 0.01)
+    sd_distill.main(["sample", "run", "--prompt", "a fox", "--prompt", "the sea", "-n", "3",
+                     "--device", "cpu", "--out", "grid.png"])
+    assert "6 images, one evaluation each: grid.png" in capsys.readouterr().out
+    assert Image.open("grid.png").size == (3 * 17 - 1, 2 * 17 - 1)
+    _, pipe, student = sd_distill.load_student(Path("run/student.safetensors"), "cpu")
+    for k, v in checkpoint()["ema"].items():
+        assert torch.equal(student.state_dict()[k], v)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model")
+    c, x = embed(pipe, ["a fox"]).float(), torch.randn(1, 4, 8, 8)
+    sigma = student.noise_levels(torch.tensor(625 / 999))
+    with torch.no_grad():
+        before = x - sigma * theirs.unet(x / (1 + sigma ** 2).sqrt(), 625, c).sample
+        theirs.load_lora_weights("run", weight_name="student.safetensors")
+        after = x - sigma * theirs.unet(x / (1 + sigma ** 2).sqrt(), 625, c).sample
+        close(student(x, sigma, c), after, rtol=1e-4, atol=1e-4)
+    assert (before - after).abs().max() > 1e-2
+
+
+def test_whole_networks(command):
+    command("--full", "--kimg", 0.004, "--lr-g", 1e-5, "--lr-f", 1e-5)
+    sd_distill.main(["sample", "run", "--prompt", "a fox", "--device", "cpu", "--out", "grid.png"])
+    assert Path("grid.png").exists()
+    assert all("lora_" not in k for k in checkpoint()["G"])
+
+
+def test_collapse_stops_the_run():
+    noise = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.avg_pool2d(noise, 5, 1, 2)
+    assert abs(latents.neighbours(noise)) < 0.05 and latents.neighbours(smooth) > 0.6
+    for variance, own, teachers in ((1.0, 0.7, 0.8), (0.2, 0.9, 0.8), (1.0, 0.0, 0.01)):
+        latents.check_collapse(8, variance, own, teachers)
+    for variance, own, teachers in ((1.0, 0.01, 0.8), (5.0, 0.8, 0.8)):
+        with pytest.raises(FloatingPointError, match="after 8 images the student collapsed"):
+            latents.check_collapse(8, variance, own, teachers)
+
+
+# ----------------------------------------------------------------------- prompts, captions, images
+
 def test_inputs_are_latents_and_states(folder, command):
     """Of images and captions, or of the teacher's samples."""
     pipe = load_model(str(folder / "model"))
-    command("--kimg", 0.004, data=True)
+    command("--kimg", 0.004, "--data", folder / "photos")
     kept = torch.load("run/inputs.pt", weights_only=True)
     close(kept["captions"], embed(pipe, [f"photo {i}" for i in range(3)]))
     close(kept["prompts"], embed(pipe, ["a red fox", "a house", "the sea"]))
@@ -406,64 +464,105 @@ def test_inputs_are_latents_and_states(folder, command):
     assert torch.equal(kept["captions"], kept["prompts"][[0, 1, 2, 0, 1]])
 
 
-def test_sample_and_diffusers_take_the_student(folder, command, capsys):
-    """The adapter computes in diffusers' pipeline what the student computes here."""
-    from PIL import Image
-    command("--lr-g", 0.01)
-    sd_distill.main(["sample", "run", "--prompt", "a fox", "--prompt", "the sea", "-n", "3",
-                     "--device", "cpu", "--out", "grid.png"])
-    assert "6 images, one evaluation each: grid.png" in capsys.readouterr().out
-    assert Image.open("grid.png").size == (3 * 17 - 1, 2 * 17 - 1)
-    _, pipe, student = sd_distill.load_student(Path("run/student.safetensors"), "cpu", "")
-    assert torch.equal(torch.stack([v.sum() for v in student.state_dict().values()]),
-                       torch.stack([v.sum() for v in checkpoint()["ema"].values()]))
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model")
-    c, x = embed(pipe, ["a fox"]).float(), torch.randn(1, 4, 8, 8)
-    sigma = student.levels(torch.tensor(625 / 999))
-    with torch.no_grad():
-        before = x - sigma * theirs.unet(x / (1 + sigma ** 2).sqrt(), 625, c).sample
-        theirs.load_lora_weights("run", weight_name="student.safetensors")
-        after = x - sigma * theirs.unet(x / (1 + sigma ** 2).sqrt(), 625, c).sample
-        close(student(x, sigma, c), after, rtol=1e-4, atol=1e-4)
-    assert (before - after).abs().max() > 1e-2
+def test_images_are_read_as_a_person_sees_them(folder, tmp_path):
+    """16-bit grey by its high byte, a transparent image on white, a phone's photo upright."""
+    pipe, grey = load_model(str(folder / "model")), torch.arange(256, dtype=torch.uint8)
+    plain = Image.fromarray(grey.view(16, 16).numpy())
+
+    def latent(image, name, **how):
+        image.save(tmp_path / name, **how)
+        return latents.encode(pipe, tmp_path / name, 16, torch.Generator().manual_seed(0))
+
+    expected = latent(plain, "plain.png")
+    deep = Image.fromarray((grey.view(16, 16).int() * 256 + 77).to(torch.uint16).numpy())
+    assert deep.mode == "I;16"
+    assert torch.equal(latent(deep, "deep.png"), expected)
+    lying = Image.Exif()
+    lying[0x0112] = 6                                   # to be turned by 90 degrees to the right
+    assert torch.equal(latent(plain.rotate(90), "phone.png", exif=lying), expected)
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert torch.equal(latent(clear, "clear.png"),
+                       latent(Image.new("RGB", (16, 16), "white"), "white.png"))
+    assert not torch.equal(latent(plain.rotate(90), "turned.png"), expected)
 
 
-def test_whole_networks(command, capsys):
-    command("--full", "--kimg", 0.004, "--lr-g", 1e-5, "--lr-f", 1e-5)
-    sd_distill.main(["sample", "run", "--prompt", "a fox", "--device", "cpu", "--out", "grid.png"])
-    assert Path("grid.png").exists()
-    state = checkpoint()
-    assert all("lora_" not in k for k in state["G"])
+def test_prompts_and_captions(folder, command, tmp_path):
+    prompts, photos = tmp_path / "prompts.txt", tmp_path / "photos"
+    prompts.write_text(" \n\n")
+    with pytest.raises(ValueError, match="prompts.txt: no prompts"):
+        command("--prompts", prompts)
+    prompts.write_bytes(b"\xff\xfe\xfa\x80")
+    with pytest.raises(ValueError, match="prompts.txt: not a text in UTF-8"):
+        command("--prompts", prompts)
+    with pytest.raises(OSError, match="no such folder: .*photos"):
+        command("--data", photos)
+    photos.mkdir()
+    with pytest.raises(ValueError, match="photos: no images with captions"):
+        command("--data", photos)
+    (photos / "0.txt").write_text("a fox")
+    with pytest.raises(ValueError, match="0.txt has no image"):
+        command("--data", photos)
+    for name in ("0.png", "1.png"):
+        (photos / name).write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="1.png has no caption, .*1.txt"):
+        command("--data", photos)
+    (photos / "1.png").unlink()
+    with pytest.raises((ValueError, OSError), match="0.png"):
+        command("--data", photos)
 
 
-def test_two_processes_are_one(folder, command, tmp_path):
-    command("--kimg", 0.008)
-    tiny = sys.argv[1:]
-    tiny[tiny.index("run")] = "two"
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           "--standalone", str(HERE / "sd_distill.py"), *tiny],
-                          env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(weights(checkpoint()), weights(checkpoint("two")), strict=True):
-        close(a, b, rtol=1e-3, atol=3e-5)
+# ------------------------------------------------------------------------------------- the model
+
+def same_weights(pipe, original, stored=torch.float32):
+    """The weights are float32, and those of the original after a rounding to `stored`."""
+    for part in ("unet", "vae", "text_encoder"):
+        state = getattr(pipe, part).state_dict()
+        for k, v in getattr(original, part).state_dict().items():
+            assert state[k].dtype == torch.float32
+            assert torch.equal(state[k], v.to(stored).float())
 
 
-def test_collapse_stops_the_run():
-    noise = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    smooth = torch.nn.functional.avg_pool2d(noise, 5, 1, 2)
-    assert abs(sd_distill.neighbours(noise)) < 0.05 and sd_distill.neighbours(smooth) > 0.6
-    for variance, own, teachers in ((1.0, 0.7, 0.8), (0.2, 0.9, 0.8), (1.0, 0.0, 0.01)):
-        sd_distill.check_collapse(8, variance, own, teachers)
-    for variance, own, teachers in ((1.0, 0.01, 0.8), (5.0, 0.8, 0.8)):
-        with pytest.raises(FloatingPointError, match="after 8 images the student collapsed"):
-            sd_distill.check_collapse(8, variance, own, teachers)
+def test_model_in_a_single_file(folder, tmp_path, monkeypatch):
+    """Its settings and tokenizer are Hugging Face's, of the cache; without them the command that
+    the message has makes a folder, where they can be had. UNet and VAE have diffusers' names here,
+    so that its translation of Stable Diffusion's own is left out."""
+    monkeypatch.setattr("diffusers.loaders.single_file_model._should_convert_state_dict_to_"
+                        "diffusers", lambda *_: False)
+    pipe, cache = tiny_pipe(), tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    clip = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v
+            for k, v in pipe.text_encoder.state_dict().items()}
+    state = pipe.unet.state_dict() | pipe.vae.state_dict() | clip
+    save_file({k: v.half() for k, v in state.items()}, "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors has weights .* {cache}") as e:
+        load_model("model.safetensors")
+    with pytest.raises(ValueError, match=f"not a file or folder, nor .* {cache}"):
+        load_model(latents.NAME)
+    place = cache / f"models--{latents.NAME.replace('/', '--')}"
+    shutil.copytree(folder / "model", place / "snapshots" / "1")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("1")
+    same_weights(load_model("model.safetensors"), pipe, torch.float16)
+    python, option, code = shlex.split(re.search('python -c ".*?"', str(e.value))[0])
+    exec(code)
+    same_weights(load_model("model"), pipe, torch.float16)
+    same_weights(load_model(latents.NAME), pipe)
 
 
-# ---------------------------------------------------------------------------------- bad input
+def test_files_that_are_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latents, "snapshot_download", lambda *_, **__: "settings")
+    Path("model.ckpt").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match="model.ckpt: .* must be a .safetensors"):
+        load_model("model.ckpt")
+    Path("lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(ValueError, match="lfs.safetensors: not Stable Diffusion .*git lfs pull"):
+        load_model("lfs.safetensors")
+
 
 def edited(folder, tmp_path, part, **changes):
-    """A copy of the model with another entry in a part's configuration."""
+    """Return a copy of the model with other entries in a part's configuration."""
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     file = model / part
@@ -471,60 +570,35 @@ def edited(folder, tmp_path, part, **changes):
     return model
 
 
+def test_model_of_variant_fp16(tmp_path):
+    pipe = tiny_pipe()
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    same_weights(load_model(tmp_path / "half"), pipe)
+
+
+def test_model_that_names_a_safety_checker_it_comes_without(folder, tmp_path):
+    model = edited(folder, tmp_path, "model_index.json",
+                   safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+                   feature_extractor=["transformers", "CLIPImageProcessor"],
+                   image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    same_weights(load_model(model), tiny_pipe())
+
+
 @pytest.mark.parametrize("part, changes, said", [
     ("scheduler/scheduler_config.json", dict(prediction_type="v_prediction"), "v_prediction"),
     ("model_index.json", dict(_class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXL"),
-    ("model_index.json", dict(tokenizer=[None, None]), "tokenizer"),
     ("vae/config.json", dict(latent_channels=16), ""),
+    ("tokenizer", None, "tokenizer"), ("unet/diffusion_pytorch_model.safetensors", None, "unet"),
 ])
-def test_model_that_is_none(folder, command, tmp_path, part, changes, said):
-    model = edited(folder, tmp_path, part, **changes)
+def test_folder_that_is_no_model(folder, tmp_path, part, changes, said):
+    model = edited(folder, tmp_path, part if changes else "model_index.json", **changes or {})
+    if not changes:
+        (model / part).rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=f"{model}: not Stable Diffusion 1.x.*{said}"):
-        command("--model", model)
+        load_model(model)
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler",
-                                  "unet/diffusion_pytorch_model.safetensors", "model_index.json"])
-def test_model_with_a_part_missing(folder, command, tmp_path, part):
-    model = edited(folder, tmp_path, "model_index.json")
-    gone = model / part
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    with pytest.raises(ValueError, match=f"{model}: not Stable Diffusion 1.x.*{part[-10:]}"):
-        command("--model", model)
-
-
-def test_model_that_is_nowhere(command):
-    with pytest.raises(ValueError, match="no/such: not a folder, nor .* downloaded into /"):
-        command("--model", "no/such")
-
-
-def test_prompts_and_captions(folder, command, tmp_path):
-    empty, photos = tmp_path / "empty.txt", tmp_path / "photos"
-    empty.write_text(" \n\n")
-    with pytest.raises(ValueError, match="empty.txt: no prompts"):
-        command("--prompts", empty)
-    with pytest.raises(OSError, match="nowhere.txt"):
-        command("--prompts", "nowhere.txt")
-    empty.write_bytes(b"\xff\xfe\xfa\x80")
-    with pytest.raises(ValueError, match="empty.txt: not a text in UTF-8"):
-        command("--prompts", empty)
-    with pytest.raises(OSError, match="no such folder: nowhere"):
-        command("--data", "nowhere")
-    photos.mkdir()
-    with pytest.raises(ValueError, match="photos: no images with captions"):
-        command("--data", photos)
-    shutil.copy(folder / "photos" / "0.png", photos)
-    with pytest.raises(ValueError, match="0.png has no caption, .*0.txt"):
-        command("--data", photos)
-    for name in ("0.txt", "alone.txt"):
-        (photos / name).write_text("a fox")
-    with pytest.raises(ValueError, match="alone.txt has no image"):
-        command("--data", photos)
-    (photos / "alone.txt").unlink()
-    (photos / "0.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match="0.png: not a usable image"):
-        command("--data", photos)
-
+# ------------------------------------------------------------------------------- options and files
 
 def test_options(command):
     for said, options in {"--size must be a multiple of 4, not 18": ["--size", 18],
@@ -534,48 +608,32 @@ def test_options(command):
             command(*options)
 
 
-def test_resumed_with_something_else(folder, command, tmp_path):
-    assert command("--kimg", 0.004) == 0
-    with pytest.raises(FileExistsError, match="add --resume"):
-        command("--kimg", 0.004)
-    with pytest.raises(ValueError, match="--rank was 4, is 8"):
-        command("--resume", "--rank", 8)
-    state, other = checkpoint(), tmp_path / "other.txt"
-    state["config"]["rank"] = 8                         # its adapters are of rank 4
-    torch.save(state, "run/checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint.pt: state.G\.\S*lora_A\S* is .* not"):
-        command("--resume", "--rank", 8)
-    other.write_text("another prompt")
-    state["config"] |= dict(rank=4, prompts=str(other))
-    torch.save(state, "run/checkpoint.pt")
+def test_resumed_with_other_prompts(folder, command):
+    shutil.copy(folder / "prompts.txt", "prompts.txt")
+    tiny = ("--kimg", 0.004, "--prompts", "prompts.txt")
+    assert command(*tiny) == 0
+    Path("prompts.txt").write_text("another prompt")
     with pytest.raises(ValueError, match="inputs.pt: .*made of other prompts"):
-        command("--resume", "--prompts", other)
+        command("--resume", *tiny)
 
 
 def test_student_that_is_none(command):
     command("--kimg", 0.004)
-    file = Path("run/student.safetensors")
-    sample = ["sample", "run", "--prompt", "a fox", "--device", "cpu"]
-    with safe_open(file, "pt") as f:
-        tensors, cfg = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
-    metadata = {"config": json.dumps(cfg | {"rank": 8})}
-    save_file(tensors, file, metadata=metadata)
-    with pytest.raises(ValueError, match="student.safetensors.*lora_A"):
+    file, sample = Path("run/student.safetensors"), ["sample", "run", "--prompt", "a"]
+    metadata = {"config": json.dumps(checkpoint()["config"] | dict(rank=8))}
+    save_file(checkpoint()["ema"], file, metadata)
+    with pytest.raises(ValueError, match="student.safetensors: not a student .*lora_A"):
         sd_distill.main(sample)
-    save_file(tensors, file)
+    save_file({"a": torch.zeros(1)}, file)              # an adapter of another program's
     with pytest.raises(ValueError, match="student.safetensors: not a student"):
-        sd_distill.main(sample)
-    file.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="student.safetensors: not a student"):
-        sd_distill.main(sample)
-    file.unlink()
-    with pytest.raises(ValueError, match="student.safetensors: .*No such file"):
         sd_distill.main(sample)
 
 
-def test_without_diffusers_it_says_what_to_install():
+def test_without_diffusers_it_says_what_to_install(tmp_path):
     code = ("import sys; sys.modules['diffusers'] = None; import sd_distill;"
-            "from plumbing.run import run_main; run_main(sd_distill.main)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "pip install -r requirements-sd.txt" in done.stderr
+            "sd_distill.run_main(sd_distill.main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=dict(os.environ, PYTHONPATH=str(SCRIPT.parent)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    requirements = done.stderr.split("pip install -r ")[1].strip()
+    assert (tmp_path / requirements).samefile(SCRIPT.parent / "requirements.txt")

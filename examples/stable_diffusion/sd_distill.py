@@ -1,6 +1,7 @@
 """Algorithm 1 on Stable Diffusion 1.5: text to image in one step (the paper's Figures 2 and 3).
 
-    pip install -r requirements.txt -r requirements-sd.txt
+    pip install -r requirements.txt -r examples/stable_diffusion/requirements.txt
+    cd examples/stable_diffusion
     python sd_distill.py --prompts prompts.txt --data photos    # photos/1.jpg and photos/1.txt, ...
     python sd_distill.py --prompts prompts.txt                  # p: the teacher's own samples
     torchrun --nproc_per_node=8 sd_distill.py --prompts prompts.txt --data photos --batch 64
@@ -11,12 +12,12 @@ A latent diffusion model that predicts the noise is EDM's denoiser in other coor
 so that cifar_distill.py's Distiller runs on it as it is. Its tests use tiny networks: it has not
 been run on Stable Diffusion's weights, and how good its images are is not known.
 """
-from plumbing.run import first_process_first, rank, run_main, tune_cpu, world
-
 import argparse
+import contextlib
 import copy
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,19 +26,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import bregman
-from cifar_distill import HALF, Distiller
-from data import save_grid
-from edm import Guided, heun
-from ncsnpp import per_image
-from plumbing.files import reading
-from plumbing.latents import (MISSING, check_collapse, decode, embed, latent_shape, load_inputs,
-                              load_model, neighbours, save_student)
-from plumbing.loop import Loop, folder
-from plumbing.options import (Parser, count, ending, nonnegative, path, positive, real,
-                              row_name, share, text, torch_device, torch_seed, validate)
-from plumbing.plots import side_by_side
-from plumbing.weights import check_form
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))                    # the project
+
+import bregman                                                              # noqa: E402
+from cifar_distill import HALF, Distiller                                   # noqa: E402
+from data import save_grid                                                  # noqa: E402
+from edm import Guided, heun                                                # noqa: E402
+from latents import (MISSING, NAME, check_collapse, decode, embed, latent_shape,    # noqa: E402
+                     load_inputs, load_model, neighbours, reading, save_student)
+from ncsnpp import per_image                                                # noqa: E402
+from plots import side_by_side                                              # noqa: E402
+from plumbing.cli import (count, nonnegative, number, parser, positive, real,       # noqa: E402
+                          run_main, share, torch_device, whole)
+from plumbing.loop import (begin, claim, first_process_first, processes, rank,      # noqa: E402
+                           train, tune_cpu, world)
 
 if not MISSING:                     # without them main() says what to install
     from peft import LoraConfig
@@ -48,21 +51,23 @@ if not MISSING:                     # without them main() says what to install
 class Config:
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
-    prompts: text = "prompts.txt"       # one prompt a line
+    prompts: str = "prompts.txt"        # a file with a prompt a line
     data: str = ""              # folder of images with captions, a.jpg with a.txt, for the
                                 # classifier's p; without it: the teacher's own samples
-    model: text = "stable-diffusion-v1-5/stable-diffusion-v1-5"     # a folder in diffusers' layout,
-                                # or its name on Hugging Face
-    w: real = 1.75              # the teacher's guidance, 1 for none: DMD2's
+    model: str = NAME           # a folder in diffusers' layout, a .safetensors file, or a name on
+                                # Hugging Face
+    guidance: real = 1.75       # of the teacher, 1 for none: DMD2's
     full: bool = False          # train whole networks, not adapters; DMD2's rates for it are 1e-5
     rank: count = 64            # of the adapters
-    size: count = 512           # pixels
-    bank: count = 1000          # the teacher's samples, where there is no --data
+    size: count = 512           # pixels on a side
+    teacher_samples: count = 1000       # how many are drawn where there is no --data
     steps: count = 25           # of the teacher's sampler: 2 steps - 1 evaluations, each guided
     kimg: positive = 20         # thousands of generated images, the run's length
     batch: count = 8            # images a step, over all processes
-    lr_g: positive = 1e-4       # generator's Adam
-    lr_f: positive = 1e-4       # fake network's: score and classifier
+    lr_g: positive = 1e-4       # rate of the generator's Adam
+    lr_f: positive = 1e-4       # rate of the fake network's: score and classifier
+    fake_updates: number(int, 1, 100, "a whole number from 1 to 100") = 1    # of the fake network
+                                # for one of the generator; DMD2: 10
     wait_kimg: nonnegative = 1.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init, c): t = 625, as SiD-LSG
     t_min: share = 0.02         # the generator's noise levels: from this
@@ -76,7 +81,7 @@ class Config:
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN, line 13
     ema_kimg: positive = 1.0    # half-life of the generator's average, which is what is shown
-    seed: torch_seed = 0        # of all random numbers
+    seed: whole = 0             # of all random numbers
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1
     amp: Literal["no", "bf16", "fp16"] = "fp16" if torch.cuda.is_available() else "no"  # autocast,
                                 # and the precision of weights that are not trained
@@ -86,11 +91,15 @@ class Config:
     save_every: positive = 1.0  # kimg between checkpoints
 
     # Options of cifar_distill.py that have one value here.
-    part, teacher_free, decay_kimg, grad_clip, nfe = "both", False, 0.0, 0.0, 1
+    part, teacher_free, decay_kimg, grad_clip = "both", False, 0.0, 0.0
 
     def __post_init__(self):
-        validate(self)
         bregman.get(self.h, self.lam)
+        if self.h != "sba" and self.lam != Config.lam:
+            raise ValueError(f"--lam is SBA's alone: say --h sba, not {self.h}")
+        if self.kimg <= self.wait_kimg:
+            raise ValueError(f"--kimg {self.kimg:g} ends before the generator moves, for which it "
+                             f"waits --wait-kimg {self.wait_kimg:g}")
         if self.t_min >= self.t_max:
             raise ValueError("--t-min must be below --t-max")
         if self.batch % world():
@@ -103,7 +112,8 @@ class Config:
 # --------------------------------------------------------------------------------- the denoiser
 
 def interpolate(x, xs, ys):
-    """The line through the points (xs, ys), (n,) with rising xs, at x; beyond them it is level."""
+    """Return y at x on the line through the points (xs, ys), (n,) with rising xs; beyond the first
+    and the last point y is theirs."""
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     inside = ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1)
     return ys[i - 1].lerp(ys[i], inside)
@@ -127,12 +137,12 @@ class SDPrecond(nn.Module):
         self.register_buffer("log_sigma", log_sigma.float(), persistent=False)
         self.register_buffer("times", torch.arange(len(abar)).float(), persistent=False)
 
-    def levels(self, t):
-        """Times as shares of the last one, in [0, 1], (n,) -> noise levels (n,)."""
+    def noise_levels(self, t):
+        """Return the noise levels (n,) of times t (n,), shares of the last one, in [0, 1]."""
         return interpolate(t * self.times[-1], self.times, self.log_sigma).exp()
 
     def _encode(self, x, sigma, c):
-        """-> the middle block's features, the skips, and the embedding of the time."""
+        """Return the middle block's features, the skips, and the embedding of the time."""
         unet = self.unet
         t = interpolate(sigma.log(), self.log_sigma, self.times).flatten().expand(len(x))
         emb = unet.time_embedding(unet.time_proj(t))                        # (N, 1280)
@@ -144,6 +154,7 @@ class SDPrecond(nn.Module):
         return unet.mid_block(h, emb, **reads_text(unet.mid_block, c)), skips, emb
 
     def _decode(self, h, skips, emb, c):
+        """Return the predicted noise, (N, 4, 64, 64)."""
         for block in self.unet.up_blocks:
             n = len(block.resnets)
             h = block(h, tuple(skips[-n:]), emb, **reads_text(block, c))
@@ -163,26 +174,34 @@ class SDPrecond(nn.Module):
         return (D_x, h.float().mean(1)) if return_logits else D_x
 
     def encode(self, x, sigma, c):
-        """The classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32 (N, 8, 8),
-        the channel mean of the middle block's features. Arguments as forward."""
+        """Return the classifier's logits l, float32 (N, 8, 8): the channel mean of the middle
+        block's features. sigmoid(l) = p / (p + q), so log r = -l. Arguments as forward's."""
         h, _, _ = self._encode(x.float(), per_image(sigma, x), c)
         return h.float().mean(1)
 
     def state_dict(self, **how):
-        """The adapter alone, where there is one: the other weights are the teacher's."""
+        """Return the adapter alone, where there is one: the other weights are the teacher's."""
         state = super().state_dict(**how)
         return {k: v for k, v in state.items() if "lora_" in k} or state
 
     def load_state_dict(self, state):
+        """Take what state_dict() returned. Raises ValueError for tensors of another network."""
+        own = {k: v.shape for k, v in self.state_dict().items()}
+        other = {k: v.shape for k, v in state.items()}
+        for k in sorted(own | other):
+            if own.get(k) != other.get(k):
+                raise ValueError(f"{k} is {other.get(k)}, and should be {own.get(k)}")
         super().load_state_dict(state, strict=False)
 
 
 def reads_text(block, c):
+    """Return the keyword with the text's states for a block that has cross-attention."""
     return {"encoder_hidden_states": c} if getattr(block, "has_cross_attention", False) else {}
 
 
 class WithoutPrompt(nn.Module):
-    """The same network for the empty prompt's states, (1, 77, 768): the weak one of guidance."""
+    """The same network with the empty prompt's states, (1, 77, 768), in place of the prompt's: the
+    weak network of classifier-free guidance."""
     label_dim = 0
 
     def __init__(self, net, empty):
@@ -195,10 +214,12 @@ class WithoutPrompt(nn.Module):
 
 
 def start_from(net, cfg):
-    """-> a network to train that computes what `net` does. Its adapter, (rank x inputs) and
-    (outputs x rank) beside each layer, begins at zero; all its other weights are those of `net`,
-    not copies. Trained weights are float32. All layers of the blocks have adapters, as in LCM-LoRA
-    (arXiv 2311.05556)."""
+    """Return a network to train that computes what `net` does.
+
+    Its adapter, (rank x inputs) and (outputs x rank) beside each layer, begins at zero; all its
+    other weights are those of `net`, not copies. Trained weights are float32. All layers of the
+    blocks have adapters, as in LCM-LoRA (arXiv 2311.05556).
+    """
     if cfg.full:
         return copy.deepcopy(net).float().requires_grad_(True)
     net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
@@ -213,7 +234,7 @@ def start_from(net, cfg):
 
 
 class SD(Distiller):
-    """Algorithm 1 on latents. inputs: a dictionary, of plumbing.latents.load_inputs.
+    """Algorithm 1 on latents. inputs: a dictionary, of latents.load_inputs.
 
     Each network has its own adapter in its own modules. One UNet whose adapters are switched would
     be a trap: with gradient checkpointing the forward is computed again during backward, under
@@ -225,36 +246,40 @@ class SD(Distiller):
         self.prompts, self.captions = inputs["prompts"], inputs["captions"]     # (N, 77, 768)
 
     def copy_weights(self):
-        """Line 1 -> G, the fake network and G's average: the teacher, not guided."""
+        """Return G, the fake network and G's average: the teacher, not guided.  Line 1"""
         nets = [start_from(self.teacher.good, self.cfg) for _ in range(3)]
         if self.cfg.gradient_checkpointing:
             for net in nets[:2]:
                 net.unet.enable_gradient_checkpointing()
         return nets
 
-    def levels(self, t):
-        return self.teacher.good.levels(t)
+    def noise_levels(self, t):
+        return self.teacher.good.noise_levels(t)
 
-    def pick(self, index, kind):
-        """-> the real latents at `index` (n,), their captions, and prompts to generate."""
+    def real_batch(self, index, kind):
+        """Return the real latents at `index` (n,), their captions, and prompts to generate."""
         prompt = torch.randint(len(self.prompts), (len(index),), **kind)
-        return dict(real=self.images[index].float(), c=self.states(self.prompts, prompt),
+        real = self.images[index.to(self.images.device)].to(self.cfg.device).float()
+        return dict(real=real, c=self.states(self.prompts, prompt),
                     c_real=self.states(self.captions, index))
 
-    def states(self, kept, index):
-        """118 kB a text: too many for a GPU, so they stay in a file and come as they are needed."""
-        return kept[index.cpu()].to(self.cfg.device).float()
+    def states(self, texts, index):
+        """Return the states of some texts. All of them, 118 kB a text, are too many for a GPU: they
+        stay in a file and are read from it as they are needed."""
+        return texts[index.cpu()].to(self.cfg.device).float()
 
-    def draw(self):
-        b = super().draw()
-        b.sigma_f.clamp_(*self.levels(torch.tensor([0.0, 1.0], device=self.cfg.device)).tolist())
+    def sample_batch(self):
+        """Return a step's random numbers, the fake network's noise levels within the teacher's."""
+        b = super().sample_batch()
+        ends = torch.tensor([0.0, 1.0], device=self.cfg.device)
+        b.sigma_f.clamp_(*self.noise_levels(ends).tolist())
         return b
 
 
 @torch.no_grad()
 def sample(net, c, shape, sigmas, cfg, seed=0):
-    """-> a latent for each text's states c (n, 77, 768): float32 (n, *shape) on the CPU. sigmas:
-    the noise levels of heun."""
+    """Return a latent for each text's states c (n, 77, 768): float32 (n, *shape) on the CPU.
+    sigmas: the noise levels of edm.heun."""
     generator, latents = torch.Generator().manual_seed(seed), []
     for part in c.split(cfg.batch):
         z = torch.randn(len(part), *shape, generator=generator).to(cfg.device)
@@ -264,21 +289,19 @@ def sample(net, c, shape, sigmas, cfg, seed=0):
 
 
 def grid(net, steps):
-    """The sampler's noise levels for a teacher: falling, at equal steps of t, and 0."""
-    return [*net.levels(torch.linspace(1, 0, steps, device=net.times.device)).tolist(), 0.0]
+    """Return the sampler's noise levels for a teacher: falling, at equal steps of t, and 0."""
+    return [*net.noise_levels(torch.linspace(1, 0, steps, device=net.times.device)).tolist(), 0.0]
 
 
 # ----------------------------------------------------------------------------------------- a run
 
 FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-COLUMNS = ("variance", "neighbours", "ess", "tau", "log_r", "log_r_std", "loss_score",
-           "loss_class", "grad_g", "grad_f")
 
 
 def load_all(cfg, out):
-    """-> pipeline, teacher, inputs."""
+    """Return the pipeline, the guided teacher, and the run's inputs, kept in the folder `out`."""
     def guided(empty):
-        return Guided(net, WithoutPrompt(net, empty), cfg.w).to(cfg.device)
+        return Guided(net, WithoutPrompt(net, empty), cfg.guidance).to(cfg.device)
 
     def draw(c, empty):
         return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1)
@@ -293,41 +316,54 @@ def load_all(cfg, out):
     return pipe, guided(inputs["empty"]), inputs
 
 
+class Evaluator:
+    """Draws the first prompts with teacher and student from one noise, and compares the latents."""
+
+    def __init__(self, d, pipe, out):
+        self.d, self.pipe, self.out = d, pipe, out
+        self.c = d.prompts[torch.arange(d.cfg.preview) % len(d.prompts)]
+        self.theirs = self.sample(d.teacher, grid(d.teacher.good, d.cfg.steps))
+        self.their_images = decode(pipe, self.theirs)
+
+    def sample(self, net, sigmas):
+        return sample(net, self.c, self.d.images.shape[1:], sigmas, self.d.cfg)
+
+    def row(self, rows):
+        """Return a row of log.csv; write a grid and the student as it is now."""
+        d, theirs = self.d, self.theirs
+        mine = self.sample(d.ema, (d.cfg.sigma_init, 0.0))
+        row = {"variance": (mine.var() / theirs.var()).item(), "neighbours": neighbours(mine)}
+        row |= d.averages()
+        side_by_side({"teacher": self.their_images,
+                      "student, one step": decode(self.pipe, mine)},
+                     self.out / f"grid_{d.seen:09}.png")
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+        tqdm.write(f"{d.seen} images: {shown}")
+        if d.updates:
+            check_collapse(d.seen, row["variance"], row["neighbours"], neighbours(theirs))
+        save_student(d.ema, d.cfg, self.out / "student.safetensors")
+        return row
+
+
 def run(cfg, out, resume=False):
-    """Distil, into the folder `out`. -> exit status."""
-    with folder(cfg, out, resume, FREE, COLUMNS) as state:
+    """Distil, into the folder `out`; return the exit status."""
+    out = Path(out)
+    state = begin(cfg, out, resume, FREE)
+    with claim(out) if rank() == 0 else contextlib.nullcontext(), processes(cfg.device):
         pipe, teacher, inputs = load_all(cfg, out)
         d = SD(cfg, teacher, inputs)
         if state:
-            d.load(state, str(out / "checkpoint.pt"))
-        prompts, shape = inputs["prompts"], d.images.shape[1:]
-        c = prompts[torch.arange(cfg.preview) % len(prompts)]
-        if rank() == 0:
-            theirs = sample(d.teacher, c, shape, grid(teacher.good, cfg.steps), cfg)
-            their_images = decode(pipe, theirs)
-
-        def evaluate():
-            mine = sample(d.ema, c, shape, (cfg.sigma_init, 0.0), cfg)      # the same noise
-            row = {"variance": (mine.var() / theirs.var()).item(), "neighbours": neighbours(mine)}
-            row |= d.averages()
-            side_by_side({"teacher": their_images, "student, one step": decode(pipe, mine)},
-                         out / f"grid_{d.seen:09}.png")
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
-            tqdm.write(f"{d.seen} images: {shown}")
-            if d.moves:
-                check_collapse(d.seen, row["variance"], row["neighbours"], neighbours(theirs))
-            save_student(d.ema, cfg, out / "student.safetensors")
-            return row
-
-        status = Loop(d, cfg, out, COLUMNS, evaluate, cfg.eval_every, state).run()
+            d.load(state, out / "checkpoint.pt")
+        evaluate = Evaluator(d, pipe, out).row if rank() == 0 else None
+        _, status = train(d, cfg, out, evaluate, cfg.eval_every, state)
     if rank() == 0 and not status:
         print(f"{d.seen} images: {out}/student.safetensors, and grids beside it")
     return status
 
 
-def load_student(file, device, model):
-    """-> Config, pipeline, network. model: where it is now, if not where it was in training.
-    Raises ValueError, naming the file."""
+def load_student(file, device, model=""):
+    """Return the Config, the pipeline and the network of a student. model: where the teacher is
+    now, if not where it was in training. Raises ValueError, which names the file."""
     with reading(file, "a student of sd_distill.py"), safe_open(file, "pt") as f:
         now = {"device": device, "amp": "no"} | ({"model": model} if model else {})
         cfg = Config(**json.loads(f.metadata()["config"]) | now)
@@ -336,38 +372,38 @@ def load_student(file, device, model):
     net = SDPrecond(pipe.unet, pipe.scheduler.alphas_cumprod).eval().requires_grad_(False)
     net = start_from(net, cfg)
     names = {k.replace(".default", ""): k for k in net.state_dict()}
-    check_form({k: net.state_dict()[names[k]] for k in names}, tensors, str(file))
-    net.load_state_dict({names[k]: v for k, v in tensors.items()})
+    with reading(file, f"a student of {cfg.model}"):
+        net.load_state_dict({names.get(k, k): v for k, v in tensors.items()})
     return cfg, pipe, net.to(device)
 
 
 # ------------------------------------------------------------------------------------ command line
 
 def parse(argv):
-    """-> Config, output folder, resume."""
-    parser = Parser(prog="sd_distill.py", description=__doc__.splitlines()[0])
-    parser.add("out", path, None, "the run's folder (runs/sd_H)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_fields(Config, default=lambda f: argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
+    """Return a run's Config, its folder, and whether it goes on."""
+    p = parser("sd_distill.py", __doc__, Config)
+    p.add_argument("--out", type=Path, help="the run's folder (runs/sd_H)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    args = vars(p.parse_args(argv))
     out, resume = args.pop("out"), args.pop("resume")
     if world() > 1 and args.get("device", Config.device) == "cuda":
         args["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     cfg = Config(**args)
-    return cfg, out or Path("runs") / f"sd_{row_name(cfg.h, cfg.lam)}", resume
+    return cfg, out or Path("runs") / f"sd_{bregman.row_name(cfg.h, cfg.lam)}", resume
 
 
 def draw(argv):
     """The command `sample`."""
-    parser = Parser(prog="sd_distill.py sample", description="Draw images from a student.")
-    parser.add_argument("run", type=path, help="a run's folder")
-    parser.add_argument("--prompt", action="append", required=True, help="what to draw")
-    parser.add_argument("-n", type=count, default=4, help="images for each prompt (4)")
-    parser.add("seed", torch_seed, 0, "of the noise")
-    parser.add("device", torch_device, Config.device, "what computes")
-    parser.add("model", str, "", "the teacher's folder, if it is not where it was in training")
-    parser.add("out", ending(".png"), "runs/sd_samples.png", "a grid, a row for each prompt")
-    args = parser.parse_args(argv)
+    p = parser("sd_distill.py sample", "Draw images from a student.")
+    p.add_argument("run", type=Path, help="a run's folder")
+    p.add_argument("--prompt", action="append", required=True, help="what to draw")
+    p.add_argument("-n", type=count, default=4, help="images for each prompt (4)")
+    p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
+    p.add_argument("--device", type=torch_device, default=Config.device, help="what computes")
+    p.add_argument("--model", default="", help="the teacher, if it is not where it was in training")
+    p.add_argument("--out", type=Path, default=Path("runs/sd_samples.png"),
+                   help="a PNG with a row for each prompt (runs/sd_samples.png)")
+    args = p.parse_args(argv)
     cfg, pipe, net = load_student(args.run / "student.safetensors", args.device, args.model)
     c = embed(pipe, args.prompt).repeat_interleave(args.n, 0)
     latents = sample(net, c, latent_shape(pipe, cfg.size), (cfg.sigma_init, 0.0), cfg, args.seed)
@@ -377,7 +413,7 @@ def draw(argv):
 
 def main(argv):
     if MISSING:
-        raise ValueError(f"{MISSING}: pip install -r requirements-sd.txt")
+        raise ValueError(f"{MISSING}: pip install -r {os.path.relpath(HERE)}/requirements.txt")
     tune_cpu()
     if argv[:1] == ["sample"]:
         return draw(argv[1:])
