@@ -12,7 +12,6 @@ runs/GROUP/ROW_seedK. One that was interrupted goes on. A finished run is kept a
 results/plane.jsonl or results/images.jsonl, and what the pictures need of it in two .npz. This is
 the only command that writes into results/ and figures/.
 """
-import json
 import math
 import os
 import re
@@ -251,20 +250,9 @@ def draw(rows):
     """Write every picture whose group has runs, and those that need none."""
     figures = {file: picture(rows[group]) for file, (group, picture) in PICTURES.items()
                if rows[group]}
-    figures |= {"weights": plots.weights(), "teachers": plots.teachers(*teachers())}
+    figures["weights"] = plots.weights()
     for file, figure in figures.items():
         plots.save_figure(figure, HERE / f"figures/{file}.png", dpi=100)
-
-
-def teachers():
-    """Return how the compact teacher was measured while it learned, and guided at noise levels 0.3
-    to 2 when it had."""
-    records = [json.loads(line) for line in open(HERE / "results/teacher.jsonl")]
-    learning = [record for record in records if record["of"] == "curve_compact"]
-    guided = [record for record in records if record["of"] == "guidance"
-              and record["tag"] == "final" and (
-                  record["weak"] == "none" or (record["low"], record["high"]) == (0.3, 2.0))]
-    return learning, guided
 
 
 def film(frames, row):

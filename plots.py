@@ -29,7 +29,7 @@ style = matplotlib.rc_context(STYLE)            # the decorator of every functio
 
 RED, BLUE, GREEN, ORANGE, GREY = "#cb181d", "#2166ac", "#1b7837", "#ff7f0e", "#777777"
 COLOUR = {"kl": "#000000", "sba_5": RED, "be": BLUE, "lr": GREEN}               # row -> colour
-OTHER = ORANGE, "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"
+OTHER = ORANGE, "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"    # of others
 
 
 def figure(rows, columns, size, **more):
@@ -60,6 +60,12 @@ def label(row):
     """Return a row's name as pictures write it: "KL gan" for kl_gan."""
     first, *rest = row.split("_")
     return " ".join([first.upper(), *rest])
+
+
+def colours(rows):
+    """Return row -> colour, for names of rows."""
+    others = [row for row in rows if row not in COLOUR]
+    return COLOUR | {row: OTHER[i % len(OTHER)] for i, row in enumerate(others)}
 
 
 def values(runs, key):
@@ -329,7 +335,7 @@ def animate(films, target, path):
     """Students on their way, side by side, as a GIF. films: title -> frames of toy2d.py, "step"
     (F,) and "x" (F, n, 2)."""
     from matplotlib.animation import FuncAnimation, PillowWriter
-    fig, (axes,) = figure(1, len(films), (9, 5))
+    fig, (axes,) = figure(1, len(films), (9, 4.75))
 
     def frame(i):
         for ax, (title, shots) in zip(axes, films.items()):
@@ -372,13 +378,13 @@ def curves(rows, titles=DISTANCES, names=()):
               if any(k in log[-1] for seeds in logs.values() for log in seeds)}
     fig, axes = grid_of_axes(len(titles), 2, 4.5)
     for ax, (key, title) in zip(axes, titles.items()):
-        for i, (row, seeds) in enumerate(logs.items()):
+        for row, seeds in logs.items():
             series = [[(r["kimg"], r[key]) for r in log if key in r] for log in seeds]
             n = min(map(len, series))
             if n:
                 x = [kimg for kimg, _ in series[0][:n]]
                 mean, std = mean_std([[value for _, value in s[:n]] for s in series])
-                colour = COLOUR.get(row, OTHER[i % 7])
+                colour = colours(logs)[row]
                 ax.plot(x, mean, "o-", color=colour, label=names.get(row, label(row)))
                 ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="generated images (thousands)", title=title)
@@ -405,7 +411,7 @@ def every_h(rows):
     fig, ((top,), (low,)) = figure(2, 1, (12, 12))
     for i, (row, runs) in enumerate(rows.items()):
         lam, distance = power(runs[0]), values(runs, "to_teacher")
-        dots = dict(color=COLOUR.get(row, OTHER[i % 7]), ls="", marker="o", ms=14, alpha=0.7)
+        dots = dict(color=colours(rows)[row], ls="", marker="o", ms=14, alpha=0.7)
         top.plot([i] * len(distance), distance, **dots)
         top.plot([i - 0.3, i + 0.3], [np.mean(distance)] * 2, color=dots["color"])
         if lam is not None:
@@ -416,31 +422,4 @@ def every_h(rows):
     low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=title)
     if low.lines:
         low.legend(ncols=2)
-    return fig
-
-
-@style
-def teachers(learning, guided):
-    """What training and guidance do to a teacher's samples. learning: a row for each number of
-    images seen; guided: one for each guidance w."""
-    fig, axes = figure(2, 2, (12, 10))
-    learning = sorted(learning, key=lambda row: row["seen"])
-    guided = sorted(guided, key=lambda row: row["guidance"])
-    seen, w = [row["seen"] / 1e6 for row in learning], [row["guidance"] for row in guided]
-    for ax, key, title in zip(axes[0], ("fd_compact", "is_compact"), ("FD-compact", "IS-compact")):
-        numbers = [row[key] for row in learning]
-        ax.plot(seen, numbers, "o-", ms=11, color="black")
-        for row, x, y in zip(learning, seen, numbers):
-            if row["decayed"]:
-                ax.plot(x, y, "*", ms=26, color=RED, label="after the rate fell to 0")
-        ax.set(xlabel="images seen (millions)", title=f"{title}, not guided")
-    axes[0, 0].legend()
-    axes[1, 0].plot(w, [row["fd"] for row in guided], "o-", ms=11, color="black")
-    axes[1, 0].set(xlabel="w (1: not guided)", title="FD-compact, guided")
-    recall, precision = ([row[key] for row in guided] for key in ("recall", "precision"))
-    axes[1, 1].plot(recall, precision, "o-", ms=11, color="black")
-    for at, x, y in zip(w, recall, precision):
-        axes[1, 1].annotate(f"w = {at:g}", (x, y), (9, 9), textcoords="offset points")
-    axes[1, 1].set(xlabel="recall", ylabel="precision", title="what guidance trades")
-    axes[1, 1].margins(0.35)
     return fig

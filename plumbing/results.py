@@ -108,21 +108,6 @@ def same(a, b):
         return Path(a).name == Path(b).name
 
 
-def shown(run, kimg):
-    """Return a run whose numbers are all that tables and pictures show, those of its log's last row
-    among them; a run on images after `kimg` thousand, or None if it did not see so many."""
-    log = run["log"]
-    if kimg and log:
-        end = next((i for i, row in enumerate(log) if row["kimg"] >= kimg), None)
-        if end is None:
-            return None
-        log = log[:end + 1]
-    numbers = (log[-1] if log else {}) | run["numbers"]
-    if errors := numbers.get("log_r_error_by_sigma"):
-        numbers["log_r_low"] = errors[min(errors, key=float)]
-    return run | {"log": log, "numbers": numbers}
-
-
 def length(options):
     """Return how many thousand images the options ask for, or None."""
     kimg = re.search(r"--kimg (\S+)", options)
@@ -130,10 +115,21 @@ def length(options):
 
 
 def found(kept, group, row, seed):
-    """Return the run of a group's row, as shown() does, or None."""
+    """Return the run of a group's row, until the row's --kimg, or None. Its numbers are all that
+    tables and pictures show, those of its log's last row among them."""
     options = group.options(row)
-    run = kept.get(name(group.script, options, seed))
-    return run and shown(run, length(options))
+    run, kimg = kept.get(name(group.script, options, seed)), length(options)
+    if not run:
+        return None
+    log, numbers = run["log"], run["numbers"]
+    if kimg:
+        rows = [i for i, row in enumerate(log) if row["kimg"] >= kimg]
+        if not rows:
+            return None
+        log = log[:rows[0] + 1]
+    if errors := numbers.get("log_r_error_by_sigma"):
+        numbers = numbers | {"log_r_low": errors[min(errors, key=float)]}
+    return run | {"log": log, "numbers": (log[-1] if log else {}) | numbers}
 
 
 def rows_of(kept, group):
@@ -167,44 +163,35 @@ def missing(kept, groups, names, seeds, folder):
     return commands
 
 
-def start(command, folder, cwd):
-    """Return a process of one thread that yields to other work; its words go to folder/log.txt. It
-    gets no signal of the terminal's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-    return process
-
-
 def make(commands, cwd, at_once):
-    """Run folder -> command, `at_once` of them at a time. For one that fails its last line is
-    printed, and the others go on. A signal is handed on once, so that a run can save; no other run
-    is then begun. Returns an exit status: 0; 1 where one failed; 128 + the signal's number."""
+    """Run folder -> command, `at_once` of them at a time, of one thread each; its words go to
+    folder/log.txt. For one that fails its last line is printed, and the others go on. A signal is
+    handed on once, so that a run can save, and no other run is then begun. Returns an exit status:
+    0; 1 where one failed; 128 + the signal's number."""
     waiting, running, failed, handed_on = dict(commands), {}, 0, False
     with Stop() as stop:
         while running or waiting and not stop.number:
             while waiting and len(running) < at_once and not stop.number:
                 folder = next(iter(waiting))
-                running[folder] = start(waiting.pop(folder), folder, cwd)
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "log.txt", "w") as log:
+                    running[folder] = subprocess.Popen(         # the terminal's signals are ours
+                        waiting.pop(folder), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
             if stop.number and not handed_on:
                 handed_on = True
                 for process in running.values():
                     process.terminate()
             time.sleep(0.1)
             for folder in [f for f, process in running.items() if process.poll() is not None]:
-                code = running.pop(folder).returncode
-                if code and not handed_on:
-                    failed += 1
+                code, said = running.pop(folder).returncode, f"{folder} is done"
+                if code:
                     lines = (folder / "log.txt").read_text(errors="replace").split("\n")
-                    last = next((line for line in reversed(lines) if line.strip()), "no word")
-                    print(f"{folder} failed: {last}", file=sys.stderr)
-                elif not code:
-                    left = len(running) + len(waiting)
-                    print(f"{folder} is done, {left} to go", file=sys.stderr, flush=True)
+                    last = ([line for line in lines if line.strip()] or ["no word"])[-1]
+                    said = f"{folder} failed: {last}"
+                if not handed_on:
+                    failed += bool(code)
+                    print(said, file=sys.stderr, flush=True)
     if stop.number:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop.number
