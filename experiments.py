@@ -97,16 +97,22 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
     "fast": ("rate too high", "--h kl --lr-g 3e-3"),
 }
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
+CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,
 RATE = "1e-5"           # so the paper's setting has it
-DRAWN = "runs/unguided"         # .zip: 50,000 samples of the teacher that nothing guides, since a
-#                                 guided score is no density's; .npz: another 5,000, as features
-PAPER = (f"{UNCONDITIONAL} --decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 "
-         "--p-mean -1.2 --p-std 1.2 --batch 64 --guide none "
-         f"--data {DRAWN}.zip --teacher-samples {DRAWN}.npz --eval-every 5 --eval-n 5000")
+SETTING = (f"{UNCONDITIONAL} --decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 "
+           "--p-mean -1.2 --p-std 1.2 --batch 64 --guide none --eval-every 5 --eval-n 5000 "
+           "--teacher-samples runs/unguided.npz")       # 5,000 unguided ones, as features
+PAPER = f"{SETTING} --data runs/unguided.zip"           # 50,000 others
+SETTLE = {              # the fake score's rate in those of the generator
+    "kl_x1": "--h kl --lr-g 1e-5 --lr-f 1e-5", "kl_x3": "--h kl --lr-g 1e-5 --lr-f 3e-5",
+    "kl_x10": "--h kl --lr-g 1e-5 --lr-f 1e-4", "kl_x30": "--h kl --lr-g 1e-5 --lr-f 3e-4",
+    "sba_5_x10": "--h sba --lam 5 --lr-g 1e-5 --lr-f 1e-4",
+    "be_x10": "--h be --lr-g 1e-5 --lr-f 1e-4",
+}
 RATED = f"{PAPER} --lr-g {RATE} --lr-f {RATE}"
 
 TOY, CIFAR = "toy2d.py", "cifar_distill.py"
@@ -124,8 +130,11 @@ GROUPS = {
     "plane_rest": Group("other targets, losses and a reward", TOY, PLANE_REST, PLANE),
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
-    "bare": Group("the README's first command", CIFAR, {"kl": "--h kl"}, TEMPERED, UNCONDITIONAL,
-                  seeds=1),
+    "shipped": Group("the student that ships", CIFAR, {"kl": "--h kl"}, TEMPERED, UNCONDITIONAL,
+                     seeds=1),
+    "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR,
+                  THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
+                  f"{CONDITIONAL} --kimg 16 --eval-every 2"),
     "images": Group("16,000 images, weights tempered", CIFAR,
                     THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                     f"{UNCONDITIONAL} --kimg 16 --eval-every 2"),
@@ -135,8 +144,8 @@ GROUPS = {
                     f"{UNCONDITIONAL} --kimg 6 --eval-every 1", seeds=1,
                     labels={k: v for k, (v, _) in HEALTH.items()}),
     "f_distill": Group("f-distill's setting", CIFAR, F_DISTILL, AS_IS,
-                       "--kimg 16 --eval-every 2 --norm two-stage --ess 0 --batch 64 "
-                       "--teacher pretrained/compact_teacher_cond.pt"),
+                       f"{CONDITIONAL} --kimg 16 --eval-every 2 --norm two-stage --ess 0 "
+                       "--batch 64"),
     "paper_rates": Group("the rate of the paper's setting", CIFAR, {
         f"kl_{rate}": f"--h kl --lr-g {rate} --lr-f {rate}" for rate in RATES},
         AS_IS, f"{PAPER} --kimg 20", seeds=1),
@@ -146,6 +155,8 @@ GROUPS = {
     "paper_parts": Group("the same, a part of the weight", CIFAR, {
         f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")},
         AS_IS, f"{RATED} --kimg 50", seeds=1),
+    "settle": Group("which rates settle, real images for p", CIFAR, SETTLE, AS_IS,
+                    f"{SETTING} --data runs/cifar10_jpeg.npz --kimg 50", base="kl_x10", named=True),
     "paper": Group("the paper's experiment", CIFAR, TWO, AS_IS, "--preset paper", seeds=1,
                    named=True),
 }

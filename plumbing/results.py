@@ -2,7 +2,7 @@
 
 A run is named by its script, its options and its seed. So two tables that show the same run share
 it, and it is made once. Whoever changes the default of an option writes the old default into the
-options of the rows that were made with it.
+options of the rows, and of the kept lines, that were made with it.
 """
 import csv
 import json
@@ -24,6 +24,7 @@ COLUMNS = {     # key of a run's numbers: the table's head, digits
     "less_kl": ("minus KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
     "is": ("IS", 2), "log_r_std": ("std of log r", 2),
 }
+# BE, KL and LS are SBA with these lambdas, so one run
 SBA = {"--h be": "--h sba --lam -1", "--h kl": "--h sba --lam 0", "--h ls": "--h sba --lam 1"}
 OLD = {"guidance": "w", "teacher_samples": "bank"}      # what older runs call an option
 
@@ -39,7 +40,8 @@ class Group:
     common: str = ""                        # options of every row
     seeds: int = 3
     labels: dict = field(default_factory=dict)      # row -> what the table calls it
-    named: bool = False                     # only run when named: it needs a GPU, or downloads
+    base: str = "kl"                        # the row that less_kl compares with
+    named: bool = False                     # only run when named: it needs a GPU, or other data
 
     def options(self, row):
         own = self.rows[row]
@@ -123,10 +125,10 @@ def found(kept, group, row, seed):
         return None
     log, numbers = run["log"], run["numbers"]
     if kimg:
-        rows = [i for i, row in enumerate(log) if row["kimg"] >= kimg]
-        if not rows:
+        long_enough = [i for i, line in enumerate(log) if line["kimg"] >= kimg]
+        if not long_enough:
             return None
-        log = log[:rows[0] + 1]
+        log = log[:long_enough[0] + 1]
     if errors := numbers.get("log_r_error_by_sigma"):
         numbers = numbers | {"log_r_low": errors[min(errors, key=float)]}
     return run | {"log": log, "numbers": (log[-1] if log else {}) | numbers}
@@ -175,9 +177,10 @@ def make(commands, cwd, at_once):
                 folder = next(iter(waiting))
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / "log.txt", "w") as log:
-                    running[folder] = subprocess.Popen(         # the terminal's signals are ours
-                        waiting.pop(folder), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+                    running[folder] = subprocess.Popen(
+                        waiting.pop(folder), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log,
+                        stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                        start_new_session=True)         # without the terminal's signals
             if stop.number and not handed_on:
                 handed_on = True
                 for process in running.values():
@@ -226,7 +229,7 @@ def cell(numbers, digits):
 
 def table(group, rows):
     """Return a group's table in Markdown; a column that no row has is left out."""
-    cells = {row: {k: values(runs, k, rows.get("kl", ())) for k in group.columns}
+    cells = {row: {k: values(runs, k, rows.get(group.base, ())) for k in group.columns}
              for row, runs in rows.items()}
     columns = [k for k in group.columns if any(numbers[k] for numbers in cells.values())]
     lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)], ["---"] * (2 + len(columns))]

@@ -251,7 +251,7 @@ def test_every_table_of_numbers_has_its_source():
 
 def test_the_bare_commands_number():
     """What README's first command should give is what it gave."""
-    run, = experiments.all_rows()["bare"]["kl"]
+    run, = experiments.all_rows()["shipped"]["kl"]
     for row in (run["log"][0], run["log"][-1]):
         assert f"{row['to_teacher']:.2f}" in TEXT["README.md"]
 
