@@ -21,51 +21,48 @@ sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 from PIL import Image                                                   # noqa: E402
 
-import data                                                             # noqa: E402
+from data import load_images, save_images                               # noqa: E402
 from test_pages import PAGES, apply, commands, edits                    # noqa: E402
 
 PLANE = "--steps 4 --batch 32 --width 16 --init-steps 2"
+TEACHER = "--kimg 0.032 --decay 0 --batch 16"
 TINY = {        # what makes a command short, by the words that it starts with; the first counts
-    "cifar_distill.py sample": "-n 4",
     "cifar_distill.py": "--kimg 0.032 --batch 8 --wait-kimg 0.016 --eval-every 0.016 --eval-n 16 "
                         "--preview 1 --save-every 0.016",
     "toy2d.py": PLANE,
-    "edm.py train --data pictures": "--kimg 0.032 --batch 16 --preview 1",
-    "edm.py train --config compact-cond": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
-                                          "pretrained/compact_teacher_cond_samples.zip",
-    "edm.py train": "--kimg 0.032 --decay 0 --batch 16 --preview 1 --data "
-                    "pretrained/compact_teacher_samples.zip",
-    "edm.py sample": "-n 8 --steps 4",
-    "fid.py train": "--epochs 1 --data classes",
-    "fid.py": "", "bregman.py": "", "plane.py": "", "experiments.py": "",
+    "train_teacher.py --data": TEACHER,                     # else it is CIFAR-10, a download
+    "train_teacher.py": f"{TEACHER} --data pretrained/compact_teacher_cond_samples.zip",
+    "edm.py sample pretrained": "-n 8 --steps 4",
+    "edm.py sample": "-n 8",                                # a student has no steps
+    "fid.py train": "--epochs 1 --data classes.npz",
+    "fid.py": "", "bregman.py": "", "experiments.py": "", "course/page.py": "",
     "bench.py": "--batch 2 --rounds 1 --frechet 64",
 }
 LEFT_OUT = {    # words in a command -> why it is not run here
     "--preset paper": "it downloads the official teacher and CIFAR-10",
     "--features inception": "it downloads Inception's weights",
-    "edm-cifar10": "it downloads official weights",
+    "edm-": "it downloads official weights",
     "sd_distill.py": "it has requirements of its own, and needs Stable Diffusion's weights",
+    "imagenet64": "it needs ImageNet",
     "experiments.py --run": "it trains for hours; tests/test_experiments.py runs a tiny group",
 }
 
 
 def copy_project(folder):
-    """A copy of the project, and sets of images in it."""
+    """Copy the project into `folder`, and make the sets of images that the pages speak of."""
     keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     shutil.copytree(HERE, folder, ignore=keep_out)
-    images, _ = data.load_images(HERE / "pretrained/compact_teacher_samples.zip")
-    for kind in ("train/a", "train/b", "test/a", "test/b"):     # labelled images, for fid.py train
-        (folder / "classes" / kind).mkdir(parents=True)
-        for i, image in enumerate(images[:80]):
-            data.save_grid(image[None], folder / "classes" / kind / f"{i}.png", 1, scale=1)
-    (folder / "pictures").mkdir()                               # and grey ones of one's own
-    for i, image in enumerate(images[:40]):
-        Image.fromarray(image[0].numpy()).save(folder / "pictures" / f"{i}.png")
+    images, labels = load_images(HERE / "pretrained/compact_teacher_cond_samples.zip")
+    save_images(images[:200], folder / "classes.npz", labels[:200])         # for fid.py train
+    (folder / "photos").mkdir()                                             # of several sizes
+    for i, image in enumerate(images[:40].permute(0, 2, 3, 1).numpy()):
+        size = 40 + i % 3, 50
+        Image.fromarray(image).resize(size).save(folder / "photos" / f"{i}.png")
     return folder
 
 
 def run(words, folder):
-    """One command line in a copy -> whether it ended with status 0."""
+    """Run a command line in a copy. Returns whether it ended with status 0."""
     start = time.monotonic()
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
     said = f"{time.monotonic() - start:4.0f} s  {folder.name}: {shlex.join(words)}"
@@ -76,7 +73,7 @@ def run(words, folder):
 
 
 def run_page(page, scratch):
-    """-> how many of a page's commands failed. The later ones of one page need the earlier."""
+    """Run a page's commands, of which the later need the earlier. Returns how many failed."""
     folder = copy_project(scratch / page.replace("/", "_"))
     failed = 0
     for command in commands(page):
@@ -90,7 +87,7 @@ def run_page(page, scratch):
 
 
 def run_edit(exercise, file, pairs, scratch):
-    """-> whether a solution's edit does not apply, or does not run."""
+    """Return whether a solution's edit does not apply, or does not run."""
     folder = copy_project(scratch / f"exercise_{exercise}")
     path = folder / file
     path.write_text(apply(pairs, path.read_text()))
