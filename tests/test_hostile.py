@@ -63,7 +63,7 @@ def bombs(touch):
 @pytest.mark.parametrize("name", bombs("x"))
 def test_no_file_runs_code(here, tmp_path, name):
     """And the line says which file it was."""
-    option, blob = bombs(tmp_path / "it ran")[name]
+    option, blob = bombs(tmp_path / "ran")[name]
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(blob)
@@ -72,7 +72,7 @@ def test_no_file_runs_code(here, tmp_path, name):
     with pytest.raises((ValueError, OSError), match=path.name) as e:
         start(given.pop("out"), *["--resume"] * (option == "out"), kimg=0.004, **given)
     assert len(str(e.value).splitlines()) == 1
-    assert not (tmp_path / "it ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------- nothing is lost
