@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 from PIL import Image                                                   # noqa: E402
 
-from data import load_images, save_images                               # noqa: E402
+from data import load_images, save_grid                                 # noqa: E402
 from test_pages import PAGES, apply, commands, edits                    # noqa: E402
 
 PLANE = "--steps 4 --batch 32 --width 16 --init-steps 2"
@@ -32,9 +32,9 @@ TINY = {        # what makes a command short, by the words that it starts with; 
     "toy2d.py": PLANE,
     "train_teacher.py --data": TEACHER,                     # else it is CIFAR-10, a download
     "train_teacher.py": f"{TEACHER} --data pretrained/compact_teacher_cond_samples.zip",
-    "edm.py sample pretrained": "-n 8 --steps 4",
+    "edm.py sample pretrained/compact_teacher": "-n 8 --steps 4",
     "edm.py sample": "-n 8",                                # a student has no steps
-    "fid.py train": "--epochs 1 --data classes.npz",
+    "fid.py train": "--epochs 1 --data classes",
     "fid.py": "", "bregman.py": "", "experiments.py": "", "course/page.py": "",
     "bench.py": "--batch 2 --rounds 1 --frechet 64",
 }
@@ -53,11 +53,15 @@ def copy_project(folder):
     keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     shutil.copytree(HERE, folder, ignore=keep_out)
     images, labels = load_images(HERE / "pretrained/compact_teacher_cond_samples.zip")
-    save_images(images[:200], folder / "classes.npz", labels[:200])         # for fid.py train
-    (folder / "photos").mkdir()                                             # of several sizes
-    for i, image in enumerate(images[:40].permute(0, 2, 3, 1).numpy()):
-        size = 40 + i % 3, 50
-        Image.fromarray(image).resize(size).save(folder / "photos" / f"{i}.png")
+    for i in range(160):                                    # for fid.py train
+        path = folder / f"classes/{'train' if i < 80 else 'test'}/{labels[i]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images[i:i + 1], path, 1, scale=1)
+    for name in ("photos", "pictures"):                     # of several sizes
+        (folder / name).mkdir()
+        for i, image in enumerate(images[:40].permute(0, 2, 3, 1).numpy()):
+            size = 40 + i % 3, 50
+            Image.fromarray(image).resize(size).save(folder / name / f"{i}.png")
     return folder
 
 
