@@ -39,7 +39,7 @@ SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 
 class Config:
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
-    teacher: str = "pretrained/compact_teacher.pt"      # a file of weights, or a name of NVIDIA's
+    teacher: str = "pretrained/compact_teacher_cond.pt"     # a file of weights, or an official name
     guide: str = "own"          # what guides the teacher: weaker weights, "self" without label, or
                                 # "none"; "own": TEACHER_young.pt, where there is one
     guidance: real = 2.0        # how much: D_weak + guidance (D_good - D_weak)
