@@ -16,7 +16,6 @@ from PIL import Image
 
 import experiments
 import plots
-from evaluate import warning
 from experiments import FILES, GROUPS, PLANE, TOY
 from plumbing.results import Group, found, make, missing, name, rows_of, table, write
 
@@ -217,7 +216,7 @@ def test_run_makes_keeps_and_shows_and_makes_nothing_twice(here, monkeypatch, ca
     assert experiments.main(["--run", "tiny"]) == 0         # it is KL's run, whatever its name
 
 
-# --------------------------------------------------------------------------- tables and warnings
+# ---------------------------------------------------------------------------------------- tables
 
 def test_plane_table():
     runs = [run_of("plane_lam", "exact_256_5", seed, modes_covered=modes, mode_tv=0.5,
@@ -248,23 +247,6 @@ def test_images_table_compares_with_kl_of_the_same_seed():
     assert head == "| options | seeds | to the teacher's samples | minus KL's, same seed | tau |"
     assert of_kl == "| `--h kl` | 3 | 2.33 ± 1.53 | 0.00 ± 0.00 | 1.00 ± 0.00 |"
     assert of_sba.startswith("| tempered, `--h sba --lam 5` | 2 | 4.50 ± 2.12 | 1.50 ± 0.71 |")
-
-
-@pytest.mark.parametrize("row, words", [
-    ("stale", "--lr-f"), ("upside_down", "upside down"), ("through", "detach"), ("fine", "--t-max"),
-    ("untempered", "--lam"), ("fast", "a lower --lr-g")])
-def test_a_recorded_sick_run_is_warned_of_by_its_cause(row, words):
-    assert words in warning(experiments.all_rows()["health"][row][0]["log"])
-
-
-def test_recorded_healthy_runs_are_never_warned_of():
-    rows = experiments.all_rows()
-    rows["health"] = {row: rows["health"][row] for row in ("kl", "sba_5")}
-    runs = [run for group in ("health", "images", "images_every_h", "f_distill")
-            for some in rows[group].values() for run in some]
-    assert len(runs) > 40
-    for run in runs:
-        assert not any(warning(run["log"][:i + 1]) for i in range(len(run["log"])))
 
 
 # -------------------------------------------------------------------------------------- pictures
