@@ -53,8 +53,8 @@ def copy_project(folder):
     keep_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
     shutil.copytree(HERE, folder, ignore=keep_out)
     images, labels = load_images(HERE / "pretrained/compact_teacher_cond_samples.zip")
-    for i in range(160):                                    # for fid.py train
-        path = folder / f"classes/{'train' if i < 80 else 'test'}/{labels[i]}/{i}.png"
+    for i in range(320):                                    # for fid.py train
+        path = folder / f"classes/{'train' if i < 160 else 'test'}/{labels[i]}/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(images[i:i + 1], path, 1, scale=1)
     for name in ("photos", "pictures"):                     # of several sizes
