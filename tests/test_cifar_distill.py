@@ -251,6 +251,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(options):
     assert again.G.gradient_checkpointing and not again.teacher.gradient_checkpointing
 
 
+def test_grad_clip_bounds_each_number_of_the_fake_scores_gradient_alone():
+    d = distiller(grad_clip=1e-6)
+    d.step()
+    G, fake = (torch.cat([g.flatten() for g in gradients(net)]).abs().max() for net in (d.G, d.fake))
+    assert G > 1e-4 and fake.item() == pytest.approx(1e-6)
+
+
 def test_generator_waits_and_rates_fall():
     d = distiller(wait_kimg=0.016, decay_kimg=0.016, lr_g=1e-3, lr_f=3e-3)
     start, rates = copy.deepcopy(dict(d.G.state_dict())), []
