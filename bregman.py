@@ -36,9 +36,9 @@ def power(log_r, a):
 
 
 def h_sba(r, lam):
-    """Return SBA's h of Table 1, but for an affine term, which changes neither D_h nor h''.
+    """Return SBA's h of Table 1; for lam < -1/2 without its part (1 - r)/(lam (lam+1)).
 
-    For lam < -1/2 the term (1 - r)/(lam (lam+1)) is taken away, which is infinite at lam = -1.
+    That part is infinite at lam = -1. It is affine, so it changes neither D_h nor h''.
     """
     if lam < -0.5:
         return power(r.log(), 1 + lam) / lam
