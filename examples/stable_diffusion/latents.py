@@ -194,9 +194,8 @@ def make_inputs(cfg, pipe, draw, prompts, pairs):
                                        for file, _ in tqdm(pairs, "images")])
         print(f"{cfg.data}: {len(pairs)} images with captions", *sorted(done), sep=", ")
     else:
-        n = cfg.teacher_samples
-        print(f"drawing {n} samples of the teacher, once")
-        inputs["captions"] = inputs["prompts"][torch.arange(n) % len(prompts)]
+        turns = torch.arange(cfg.teacher_samples) % len(prompts)
+        inputs["captions"] = inputs["prompts"][turns]
         inputs["latents"] = draw(inputs["captions"], inputs["empty"]).half()
     pipe.text_encoder.to("cpu")
     return inputs

@@ -277,11 +277,11 @@ class SD(Distiller):
 
 
 @torch.no_grad()
-def sample(net, c, shape, sigmas, cfg, seed=0):
+def sample(net, c, shape, sigmas, cfg, seed=0, progress=""):
     """Return a latent for each text's states c (n, 77, 768): float32 (n, *shape) on the CPU.
-    sigmas: the noise levels of edm.heun."""
+    sigmas: the noise levels of edm.heun. progress: what a progress bar says, "" for none."""
     generator, latents = torch.Generator().manual_seed(seed), []
-    for part in c.split(cfg.batch):
+    for part in tqdm(c.split(cfg.batch), progress, disable=not progress, unit="batch"):
         z = torch.randn(len(part), *shape, generator=generator).to(cfg.device)
         with torch.autocast(z.device.type, HALF[cfg.amp], cfg.amp != "no"):
             latents.append(heun(net, z, sigmas, part.to(cfg.device).float()).cpu())
@@ -304,7 +304,8 @@ def load_all(cfg, out):
         return Guided(net, WithoutPrompt(net, empty), cfg.guidance).to(cfg.device)
 
     def draw(c, empty):
-        return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1)
+        return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1,
+                      f"drawing {len(c):,} samples of the teacher, once")
 
     with first_process_first():
         pipe = load_model(cfg.model)
@@ -317,7 +318,7 @@ def load_all(cfg, out):
 
 
 class Evaluator:
-    """Draws the first prompts with teacher and student from one noise, and compares the latents."""
+    """Draws images of the first prompts by teacher and student, from the same noise."""
 
     def __init__(self, d, pipe, out):
         self.d, self.pipe, self.out = d, pipe, out
