@@ -4,7 +4,7 @@
     python experiments.py --run                         # makes the runs that are missing: hours
     python experiments.py --run plane_lam images --seeds 1      # of these groups, with one seed
     python experiments.py --collect FOLDER              # keeps runs that were made elsewhere
-    python experiments.py --gif --page                  # also figures/toy2d.gif, course/play.html
+    python experiments.py --gif --page                  # also figures/ring.gif, course/play.html
     python experiments.py --divergence                  # the table of results/divergence.txt
 
 A run is one call of toy2d.py or cifar_distill.py in a process of one thread, in the folder
@@ -245,7 +245,7 @@ def as_is_curves(rows):
 
 
 PICTURES = {        # file in figures/ -> group, what draws it
-    "strip": ("every_h", plots.strip), "toy2d_modes": ("every_h", plots.toy2d_modes),
+    "toy2d_modes": ("every_h", plots.toy2d_modes),
     "plane_lam": ("plane_lam", lambda rows: plots.plane_lam(rows, costs())),
     "plane_parts": ("plane_lam", plots.plane_parts),
     "exercises": ("exercises", lambda rows: plots.exercises(rows, GROUPS["exercises"].labels)),
@@ -275,11 +275,11 @@ def film(frames, row):
 
 
 def draw_films(rows, gif, on_page):
-    """Write the GIF of KL beside SBA 5 and the interactive page, or one of them."""
+    """Write the README's animation of the ring and the interactive page, or one of them."""
     frames = arrays("page_frames.npz")
     if gif:
-        films = {plots.label(row): film(frames, f"learned_{row}") for row in ("kl", "sba_5")}
-        plots.animate(films, plane.TARGETS["ring8"], HERE / "figures/toy2d.gif")
+        films = {row: film(frames, f"learned_{row}") for row in ("be", "kl", "sba_5")}
+        plots.ring(films, HERE / "figures/ring.gif")
     if on_page:
         runs = [(rows["page"][row][0], film(frames, row)) for row in GROUPS["page"].rows]
         with atomic(HERE / "course/play.html") as tmp:
@@ -322,7 +322,7 @@ def main(argv):
     p.add_argument("--seeds", type=count, help="at most so many runs of a row")
     p.add_argument("--jobs", type=count, help="runs at a time (one for each core, or one on a GPU)",
                    default=1 if torch.cuda.is_available() else os.cpu_count())
-    p.add_argument("--gif", action="store_true", help="also draw figures/toy2d.gif")
+    p.add_argument("--gif", action="store_true", help="also draw figures/ring.gif")
     p.add_argument("--page", action="store_true", help="also write course/play.html")
     p.add_argument("--divergence", action="store_true",
                    help="print the divergence of two students for each lambda, and no more")

@@ -308,48 +308,40 @@ def exercises(rows, names):
 
 
 @style
-def strip(rows):
-    """What h does, in one row, the README's first picture: the weight against log r, then the
-    samples that it led to."""
-    hs = {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}
-    rows = {row: rows[row] for row in hs if row in rows}
-    shown = students(rows, lambda row, run: (
-        f"{label(row)}: {run['numbers']['modes_covered']} of 8 modes"))
-    fig, (axes,) = figure(1, 1 + len(shown), (12, 4.1), width_ratios=[1.25] + [1] * len(shown))
-    log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
-    axes[0].axvspan(0, 2, color="#f4e9e4")
-    axes[0].text(1, 0.022, "q > p:\ntoo many\nsamples", ha="center", va="center", fontsize=17)
-    for row in rows:
-        weight = bregman.get(*hs[row]).weight(log_r)
-        axes[0].plot(log_r, weight, color=COLOUR[row], lw=4, label=label(row))
-    axes[0].set(yscale="log", ylim=(3e-3, 3e3), xlabel="log r = log q/p", title="weight h''(r) r")
-    axes[0].legend(loc="upper left", fontsize=14)
-    for (title, x, target), row, ax in zip(shown, rows, axes[1:]):
-        plane(ax, x, target)
-        ax.set_title(title, fontsize=17, color=COLOUR[row])
-    return fig
-
-
-@style
-def animate(films, target, path):
-    """Students on their way, side by side, as a GIF. films: title -> frames of toy2d.py, "step"
-    (F,) and "x" (F, n, 2)."""
+def ring(films, path):
+    """Students on their way, as a GIF, the README's first picture: for each row its weight against
+    log r, and below its samples, with a cross on each mode that is lost. films: row -> frames of
+    toy2d.py on the ring, "step" (F,) and "x" (F, n, 2)."""
     from matplotlib.animation import FuncAnimation, PillowWriter
-    fig, (axes,) = figure(1, len(films), (9, 4.75))
+    target, hs = TARGETS["ring8"], {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}
+    fig, (top, low) = figure(2, len(films), (9, 5.4), height_ratios=[1, 1.75])
+    log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
+    for ax, row in zip(top, films):
+        ax.axvspan(0, 2, color="#f4e9e4")
+        ax.plot(log_r, bregman.get(*hs[row]).weight(log_r), color=COLOUR[row], lw=4)
+        ax.set(yscale="log", ylim=(3e-3, 3e3), xticks=[-1, 1], yticks=[1e-2, 1, 1e2],
+               xticklabels=["q < p", "q > p"])
+        ax.set_title(label(row), color=COLOUR[row])
+    top[0].set_ylabel("weight\nh''(r) r")
 
     def frame(i):
-        for ax, (title, shots) in zip(axes, films.items()):
+        for ax, shots in zip(low, films.values()):
             j = min(i, len(shots["step"]) - 1)                  # the last one stays a while
+            x = torch.from_numpy(shots["x"][j].astype(np.float32))
+            share = torch.bincount(torch.cdist(x, target.means).argmin(1), minlength=8) / len(x)
+            lost = target.means[share <= target.weights / 4]    # plane.mode_statistics's rule
             ax.clear()
-            plane(ax, shots["x"][j].astype(np.float32), target, size=14)
-            ax.set_title(f"{title}, step {shots['step'][j]}")
+            plane(ax, x, target, size=14)
+            ax.plot(lost[:, 0], lost[:, 1], "kx", ms=13, mew=4)
+            ax.set_xlabel(f"{8 - len(lost)} of 8 modes")
+        low[0].set_ylabel(f"step {next(iter(films.values()))['step'][j]}")
     frame(-1)
     for _ in range(10):                         # until the layout has settled, which then stays
         fig.draw_without_rendering()
     fig.set_layout_engine("none")
-    movie = FuncAnimation(fig, frame, frames=8 + max(len(s["step"]) for s in films.values()))
+    movie = FuncAnimation(fig, frame, frames=10 + max(len(s["step"]) for s in films.values()))
     with atomic(path) as tmp:
-        movie.save(tmp, PillowWriter(fps=6), dpi=90)
+        movie.save(tmp, PillowWriter(fps=5), dpi=90)
 
 
 # --------------------------------------------------------------------------------- runs on images
