@@ -91,8 +91,10 @@ def small_disk(size):
 IMAGES = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (64, 3, 32, 32), np.uint8))
 ROWS, MEASURED = [dict(kimg=0, to_data=1.0)], fid.Measured(torch.zeros(128), torch.ones(128, 128))
 WRITERS = {
-    "a.npz": lambda path: save_images(IMAGES, path), "a.zip": lambda path: save_images(IMAGES, path),
-    "a.png": lambda path: save_grid(IMAGES, path), "s.npz": lambda path: fid.save(MEASURED, path),
+    "a.npz": lambda path: save_images(IMAGES, path),
+    "a.zip": lambda path: save_images(IMAGES, path),
+    "a.png": lambda path: save_grid(IMAGES, path),
+    "s.npz": lambda path: fid.save(MEASURED, path),
     "curve.png": lambda path: plots.curve(ROWS, {}, "FID", path)}
 
 
