@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from plumbing import loop
 from plumbing.loop import begin, claim, load, save
 from test_cifar_distill import Config, distiller
 from test_edm import Bomb, official
+from test_loop import small_disk
 from test_ncsnpp import compact
 from test_runs import files, flags, here, same_run, saved, start, whole     # noqa: F401
 
@@ -76,17 +76,6 @@ def test_no_file_runs_code(here, tmp_path, name):
 
 
 # ------------------------------------------------------------------------- nothing is lost
-
-@contextlib.contextmanager
-def small_disk(size):
-    """No file of this process may grow beyond `size` bytes: writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 
 IMAGES = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (64, 3, 32, 32), np.uint8))
 ROWS, MEASURED = [dict(kimg=0, to_data=1.0)], fid.Measured(torch.zeros(128), torch.ones(128, 128))
