@@ -87,6 +87,20 @@ EXERCISES = {           # of course/exercises.md; a word without -- is an edit o
     "fine": ("9: small noise alone", "--h kl --sigma-max 0.1"),
     "free": ("10: no teacher", "--h kl --teacher-free"),
 }
+KERNEL = {              # exercise 11: where log r comes from, and the scores
+    "kl": ("learned", "--h kl"), "kl_exact": ("exact", "--h kl --ratio exact"),
+    "drift_kl": ("KL, log r and scores from kernels", "drift_kl"),
+    "sba_5": ("learned", "--h sba --lam 5"),
+    "sba_5_exact": ("exact", "--h sba --lam 5 --ratio exact"),
+    "sba_5_kernel": ("SBA 5, log r from kernels", "sba_5_kernel"),
+    "drift_sba_5": ("SBA 5, log r and scores from kernels", "drift_sba_5"),
+}
+UPDATES = {             # exercise 12
+    "stale": "--h kl --lr-f 1e-4", "stale_2": "--h kl --lr-f 1e-4 --fake-updates 2",
+    "stale_5": "--h kl --lr-f 1e-4 --fake-updates 5", "rate_5": "--h kl --lr-f 5e-4",
+    "kl": "--h kl", "kl_2": "--h kl --fake-updates 2", "sba_5": "--h sba --lam 5",
+    "sba_5_2": "--h sba --lam 5 --fake-updates 2",
+}
 HEALTH = {              # "Is it working?": two healthy runs, and sick ones
     "kl": ("healthy KL", "--h kl"), "sba_5": ("healthy SBA 5", "--h sba --lam 5"),
     "stale": ("stale fake score", "--h kl --lr-f 1e-6"),
@@ -130,6 +144,9 @@ GROUPS = {
     "plane_rest": Group("other targets, losses and a reward", TOY, PLANE_REST, PLANE),
     "exercises": Group("the exercises", TOY, {k: v for k, (_, v) in EXERCISES.items()}, PLANE,
                        seeds=1, labels={k: v for k, (v, _) in EXERCISES.items()}),
+    "kernel": Group("kernels in place of networks", TOY, {k: v for k, (_, v) in KERNEL.items()},
+                    PLANE, labels={k: v for k, (v, _) in KERNEL.items()}),
+    "fake_updates": Group("updates of the fake score for one", TOY, UPDATES, PLANE),
     "shipped": Group("the student that ships", CIFAR, {"kl": "--h kl"}, TEMPERED, UNCONDITIONAL,
                      seeds=1),
     "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR,

@@ -92,7 +92,7 @@ def run_page(page, scratch):
 
 def run_edit(exercise, file, pairs, scratch):
     """Return whether a solution's edit does not apply, or does not run."""
-    folder = copy_project(scratch / f"exercise_{exercise}")
+    folder = copy_project(scratch / f"exercise_{exercise}_{len(pairs)}")
     path = folder / file
     path.write_text(apply(pairs, path.read_text()))
     h = "lecam" if exercise == "1" else "be"

@@ -1,4 +1,6 @@
-"""The course's notebook: its cells run on the code as it is, and it comes with its outputs."""
+"""The course: the notebook's cells run on the code as it is, and the solutions' code does what the
+solutions say."""
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -6,8 +8,12 @@ from types import ModuleType, SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pytest
+import torch
 
 import bregman
+import toy2d
+from test_pages import apply, blocks, edits
 
 HERE = Path(__file__).resolve().parents[1]
 FILE = HERE / "course/companion.ipynb"
@@ -45,3 +51,73 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom():
     assert all(output.get("name") != "stderr" for output in outputs)
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 7
+
+
+# ------------------------------------------------------------------------------------ the solutions
+
+SMALL = dict(batch=16, width=8, init_steps=2, steps=4)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Return toy2d.py with the edits of exercise 11, b and c."""
+    modules = []
+    for exercise, file, pairs in edits():
+        if exercise == "11":
+            path = tmp_path_factory.mktemp("edited") / f"toy2d_{len(modules)}.py"
+            path.write_text(apply(pairs, (HERE / file).read_text()))
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            modules.append(importlib.util.module_from_spec(spec))
+            sys.modules[path.stem] = modules[-1]                # dataclasses look it up
+            spec.loader.exec_module(modules[-1])
+    return modules
+
+
+def test_gradient_of_the_kernel_estimate_is_the_mean_shift(kernels):
+    """By autograd; and a sample that is left out might as well not be there."""
+    g = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(9, 2, generator=g), 0.3 + torch.rand(9, 1, generator=g)
+    y = (x + sigma * torch.randn(9, 2, generator=g)).requires_grad_()
+    for own in (False, True):
+        log_density, mean = kernels[0].kernel_estimate(y, x, sigma, own)
+        score, = torch.autograd.grad(log_density.sum(), y)
+        torch.testing.assert_close(score, (mean - y) / sigma ** 2)
+    alone = torch.stack([kernels[0].kernel_estimate(y[i:i + 1], x[torch.arange(9) != i],
+                                                    sigma[i:i + 1])[0][0] for i in range(9)])
+    torch.testing.assert_close(log_density, alone)
+
+
+def test_kernel_estimates_are_near_the_truth_where_there_are_many_samples(kernels):
+    """q is the ring, p the ring with other weights, at sigma = 0.5."""
+    g = torch.Generator().manual_seed(0)
+    q, p, sigma = toy2d.TARGETS["ring8"], toy2d.TARGETS["uneven8"], torch.full((50, 1), 0.5)
+    x_t = q.sample(50, g) + sigma * torch.randn(50, 2, generator=g)
+    exact = q.log_p(x_t, sigma) - p.log_p(x_t, sigma)
+    of_q, of_p = (kernels[0].kernel_estimate(x_t, each.sample(100000, g), sigma)[0]
+                  for each in (q, p))
+    assert exact.std() > 0.3
+    torch.testing.assert_close((of_q - of_p)[:, 0], exact, atol=0.05, rtol=0)
+
+
+def test_what_the_edits_change(kernels):
+    """Log r from kernels leaves KL as it is, and moves SBA; scores from kernels move KL."""
+    def weights(module, **options):
+        d = module.Distiller(module.Config(**SMALL | options))
+        for _ in range(3):
+            d.step()
+        return torch.cat([p.detach().flatten() for p in d.G.parameters()])
+    ratio, scores = kernels
+    assert torch.equal(weights(ratio), weights(toy2d))
+    assert not torch.equal(weights(ratio, h="sba"), weights(toy2d, h="sba"))
+    assert not torch.equal(weights(scores), weights(toy2d))
+
+
+def test_program_of_exercise_13(capsys):
+    program, = blocks("course/solutions.md", "python")
+    for long, short in (("9000, 1000", "3, 2"), ("steps=STEPS", "steps=STEPS, init_steps=2")):
+        assert program.count(long) == 1
+        program = program.replace(long, short)
+    exec(program, {})
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    measured = [float(row[1]) for row in rows]
+    assert len(rows) == 6 and measured == sorted(measured, reverse=True) and measured[0] <= 1
