@@ -6,6 +6,7 @@ that has gone wrong. The columns of log.csv are explained in results.md.
 """
 import json
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +120,7 @@ class Evaluator:
         self.rows_of = dict(classes=distiller.teacher.label_dim)
         if self.against == "cifar10" and self.rows_of["classes"] == 10:
             self.rows_of["names"] = CIFAR10_CLASSES
-        print(self.about(), file=sys.stderr)
+        print(textwrap.fill(self.about(), 80), file=sys.stderr)
 
     def about(self):
         """Return the line that says what is measured against what, and on what it computes."""
@@ -189,7 +190,7 @@ class Evaluator:
                 "to_teacher": fid.frechet(*fid.stats(half), *fid.stats(other))}
 
     def finish(self, rows):
-        """Write student.pt, samples.png and result.json, and print one line."""
+        """Write student.pt, samples.png and result.json, and print what the run came to."""
         cfg, d, key, n = self.cfg, self.d, self.key, self.cfg.preview
         first, last = rows[0], rows[-1]
         save({"config": asdict(cfg), "record": d.teacher.record, "seen": d.seen,
@@ -212,10 +213,10 @@ class Evaluator:
         with atomic(self.out / "result.json") as tmp:
             tmp.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         to = "the teacher's samples" if self.teacher else self.against
-        bias = f", of which {last['bias']:.2g} is bias" if last.get("bias") else ""
-        floor = f"; the teacher's own {self.floor[key]:.3g}" if self.floor else ""
+        bias = f"of it {last['bias']:.2g} is bias; " if last.get("bias") else ""
+        floor = f"the teacher's own is {self.floor[key]:.3g}; " if self.floor else ""
         print(f"{self.name} to {to}: {first[key]:.4g} before, {last[key]:.4g} after {d.seen} "
-              f"images in {last['seconds']:.0f} s{bias}{floor}; {1e3 * fast:.2g} ms an image, "
+              f"images\n{bias}{floor}{last['seconds']:.0f} s\n{1e3 * fast:.2g} ms an image, "
               f"{slow / fast:.0f} times faster than the teacher: {self.out}/samples.png")
 
 
