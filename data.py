@@ -6,21 +6,20 @@
     save_images(images, "photos.npz", labels)           # or a .zip
 """
 import contextlib
+import glob
 import hashlib
-import http.client
 import io
 import itertools
 import json
 import math
 import os
 import pickle
-import shutil
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -29,24 +28,15 @@ from tqdm import tqdm
 
 from plumbing.loop import atomic, rank
 
-try:
-    import fcntl
-except ImportError:                 # Windows, where two runs that start together both decode a set
-    fcntl = None
-
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 MAPPED = 2 * 10 ** 9                # bytes of pixels from which on a set is kept on the disk
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")        # Pillow reads more, EPS by running a program
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 NOT_READ = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm", ".pgm", ".tga", ".dcm")
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
-          "val": "val", "valid": "val", "validation": "val"}
-ARRAYS = (                          # the names of images and labels in an .npz, by who writes it
-    {"train": ("images", "labels")},                                            # save_images
-    {"train": ("arr_0", "arr_1")},                                              # ADM
-    {s: (f"x_{s}", f"y_{s}") for s in ("train", "val", "test")},                # Keras
-    {s: (f"{s}_images", f"{s}_labels") for s in ("train", "val", "test")})      # MedMNIST
+SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+ARRAYS = {"images": ("train", "labels"), "arr_0": ("train", "arr_1"),       # images: split, labels
+          "x_train": ("train", "y_train"), "x_test": ("test", "y_test")}
 
 
 # ---------------------------------------------------------------------------------------- images in
@@ -64,20 +54,15 @@ def load_images(source, split="train", size=None):
     set or in cache(). One line on standard error says what was found. Raises ValueError or OSError,
     naming the file, for what is not such a set or has images of several sizes.
     """
-    if split not in ("train", "test") or not str(source):
-        raise ValueError(f"a set has a name and split train or test, not {source!r} and {split!r}")
     path = download(*CIFAR10) if str(source) == "cifar10" else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     done = set()
     try:
         images, labels, where = read_set(path, split, size, done)
-    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError,
-            zipfile.BadZipFile, pickle.UnpicklingError) as e:   # what readers of broken files raise
-        if isinstance(e, OSError) and e.filename:
-            raise
-        again = "; delete it to download it again" if str(source) == "cifar10" else ""
-        raise ValueError(f"{path}: {e}{again}") from e
+    except (ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as e:                   # what readers of broken files raise
+        raise ValueError(f"{path}: {e}") from e
     if rank() == 0:
         n, channels, height, width = images.shape
         found = [f"{source}: {n} {'image' if n == 1 else 'images'} of {width} x {height}, "
@@ -97,20 +82,14 @@ def read_set(path, split, size, done):
         raise ValueError("no images in it")
     if size and images.shape[2:] != (size, size):
         squares = (from_pillow(middle_square(to_pillow(image), size, done)) for image in images)
-        stamps = [size, split, path.stat().st_size, path.stat().st_mtime_ns]
-        images = stack(path, stamps, squares, len(images), done)
-    return images, whole_labels(labels, len(images), where), where
-
-
-def whole_labels(labels, n, where="labels"):
-    """Return labels, (n,) or (n, 1), as int64 (n,), or None. Raises ValueError for others."""
-    if labels is None:
-        return None
-    labels = np.asarray(labels)
-    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"{where}: {labels.dtype} {labels.shape}, but {n} images need as many "
-                         "labels, whole numbers from 0 on")
-    return torch.from_numpy(labels.reshape(n).astype(np.int64))
+        images = stack(squares, len(images), path, (size, split, path.stat().st_mtime_ns), done)
+    if labels is not None:
+        labels, n = np.asarray(labels), len(images)
+        if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(f"{where}: {labels.dtype} {labels.shape}, but {n} images need as many "
+                             "labels, whole numbers from 0 on")
+        labels = torch.from_numpy(labels.reshape(n).astype(np.int64))
+    return images, labels, where
 
 
 # --------------------------------------------------------------------------------------- images out
@@ -121,18 +100,15 @@ def save_images(images, path, labels=None):
     path, images = Path(path), images.cpu().numpy()
     if path.suffix not in (".npz", ".zip"):
         raise ValueError(f"{path}: a set of images is written as .npz or .zip")
-    if labels is not None:
-        labels = whole_labels(torch.as_tensor(labels).cpu(), len(images)).numpy()
+    labels = {} if labels is None else {"labels": labels.cpu().numpy()}
     with atomic(path) as tmp:
         if path.suffix == ".zip":
-            write_zip(images, tmp, labels)
-        elif labels is None:
-            np.savez_compressed(tmp, images=images)
+            write_zip(images, tmp, **labels)
         else:
-            np.savez_compressed(tmp, images=images, labels=labels)
+            np.savez_compressed(tmp, images=images, **labels)
 
 
-def write_zip(images, path, labels):
+def write_zip(images, path, labels=None):
     """Write arrays in EDM's format. ZipInfo has no time: equal images make equal files."""
     webp = images.shape[1] == 3
     how = dict(lossless=True, quality=100, method=4) if webp else {}
@@ -173,15 +149,12 @@ def save_grid(images, path, columns=8, scale=3, classes=0):
 
 # ---------------------------------------------------------------------------------------- downloads
 
-def cache(write=False):
-    """Return the folder of downloads: $DI_BREGMAN_CACHE, else ~/.cache/di-bregman. write: make it.
-    Raises OSError, which names the variable, where there is no home or one can't write."""
+def cache():
+    """Return the folder of downloads: $DI_BREGMAN_CACHE, else ~/.cache/di-bregman. Raises OSError,
+    which names the variable, where there is no home or one can't make the folder."""
     try:
         folder = Path(os.environ.get("DI_BREGMAN_CACHE") or "~/.cache/di-bregman").expanduser()
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} is read-only")
+        folder.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError) as e:                        # RuntimeError: no home
         raise OSError(f"no folder for downloads ({e}): set DI_BREGMAN_CACHE to one that can be "
                       "written") from e
@@ -190,41 +163,16 @@ def cache(write=False):
 
 def download(url, sha256=""):
     """Return the path of the file at `url` in cache(), fetched once; one put there by hand will do.
-
-    sha256: hexadecimal, "" where the publisher's is not known. Raises OSError where the file can't
-    be fetched or kept, ValueError for a kept file that is another one; both say what to do.
-    """
-    path = cache() / url.split("?")[0].rsplit("/", 1)[-1]
-    if path.exists():
-        try:
-            check_download(path, sha256)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}; delete it to download it again") from e
-        return path
-    cache(write=True)
-    with atomic(path) as tmp:
-        try:
-            torch.hub.download_url_to_file(url, tmp)
-            check_download(tmp, sha256)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            reason = " ".join(str(getattr(e, "reason", e)).split()) or type(e).__name__
-            raise OSError(f"can't download {url} ({reason}); fetch it elsewhere and put it at "
-                          f"{path}") from e
+    sha256: "" where the publisher's is not known. Raises OSError, which says what to do."""
+    path = cache() / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        with atomic(path) as tmp:
+            try:
+                torch.hub.download_url_to_file(url, tmp, sha256)
+            except (OSError, RuntimeError) as e:                # RuntimeError: of another sha256
+                raise OSError(f"can't download {url} ({e}); fetch it elsewhere and put it at "
+                              f"{path}, or set DI_BREGMAN_CACHE to another folder") from e
     return path
-
-
-def check_download(path, sha256):
-    """Raise ValueError unless the file is its publisher's, as far as one can tell."""
-    with open(path, "rb") as f:
-        start = f.read(100).lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
-        f.seek(0)
-        got = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else ""
-    if start.startswith((b"<!doctype", b"<html")):
-        raise ValueError("a web page came instead of the file")
-    if not start:
-        raise ValueError("it is empty")
-    if sha256 and got != sha256:
-        raise ValueError(f"its sha256 is {got}, expected {sha256}")
 
 
 # ------------------------------------------------------------------------------ arrays and CIFAR-10
@@ -232,19 +180,15 @@ def check_download(path, sha256):
 def read_arrays(path, split, done):
     """Return the images (N, C, H, W) of an .npy or .npz, the labels or None, and their name."""
     large = path.stat().st_size >= MAPPED
-    try:
-        stored = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
-    except (ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError("not an array of numbers as numpy writes them") from e
+    stored = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
     if isinstance(stored, np.ndarray):
         stored = {"images": stored}
-    keys = set(stored) - {"mu", "sigma", "mu_s", "sigma_s"}     # ADM's statistics of its images
-    known = [splits for splits in ARRAYS if keys <= set(itertools.chain(*splits.values()))]
-    if not keys or not known:
+    found = {ARRAYS[name][0]: name for name in stored if name in ARRAYS}
+    labels = {name: ARRAYS[name][1] for name in found.values()}
+    if not found or set(stored) - {*labels.keys(), *labels.values()}:
         raise ValueError(f"its arrays are called {', '.join(stored) or 'nothing'}: call them "
                          "images and labels, or x_train, y_train, x_test and y_test")
-    found = {s: names for s, names in known[0].items() if names[0] in keys}
-    name, labels = found[choose_split(split, found, done)]
+    name = found[choose_split(split, found, done)]
     array = images = stored[name]
     if array.ndim == 3 and array.shape[2] > 4:                  # else it is one image (H, W, C)
         images = array[:, None]
@@ -254,7 +198,7 @@ def read_arrays(path, split, done):
         raise ValueError(f"{name} is {array.dtype} {array.shape}, not uint8 from 0 to 255 as "
                          "(N, H, W), (N, C, H, W) or (N, H, W, C), where C is 1 or 3")
     images = images if large else np.ascontiguousarray(images)
-    return images, stored[labels] if labels in keys else None, labels
+    return images, stored[labels[name]] if labels[name] in stored else None, labels[name]
 
 
 def choose_split(split, found, done):
@@ -278,8 +222,6 @@ def read_cifar10(files, read, split):
             raise ValueError(f"no {name} in it")
         blob = read(files[name])
         if ending:
-            if not blob or len(blob) % 3073:
-                raise ValueError(f"{name} has {len(blob):,} bytes, not records of 3,073")
             records = np.frombuffer(blob, np.uint8).reshape(-1, 3073)
             batch = {"data": records[:, 1:], "labels": records[:, 0]}
         else:
@@ -304,19 +246,18 @@ class Arrays(pickle.Unpickler):
 # -------------------------------------------------------------------------------------- image files
 
 def read_files(path, split, size, done):
-    """Return the images of a folder or archive, their labels or None, and where these are from.
-    Raises ValueError where names and folders can mean two things."""
-    with open_files(path) as (files, read, stamp):
+    """Return the images of a folder or archive, their labels or None, and where these are from."""
+    with open_files(path) as (files, read):
         batches = {name.split("/")[-1]: file for name, file in files.items()}
         if batches.keys() & {"data_batch_1", "data_batch_1.bin"}:
             return *read_cifar10(batches, read, split), "its records"
-        if stamp is None:
-            raise ValueError("of .tar archives only CIFAR-10's are read: unpack it")
         names = [name for name in files if name.lower().endswith(SUFFIXES)]
         others = Counter(os.path.splitext(name)[1].lower() for name in files)
         done.update(f"{others[s]} {s} files are not read" for s in NOT_READ if others[s])
         if not names:
-            raise ValueError("; ".join([f"no images in it ({', '.join(SUFFIXES)})", *sorted(done)]))
+            reasons = ["no images in it: a set is a folder or .zip of " + ", ".join(SUFFIXES),
+                       "an .npy or .npz, or CIFAR-10's archive", *sorted(done)]
+            raise ValueError("; ".join(reasons))
         folders, names = in_split(names, split, done)
         lists = [name for name in files if name.split("/")[-1] == "dataset.json"
                  and all(image.startswith(name[:-len("dataset.json")]) for image in names)]
@@ -326,60 +267,43 @@ def read_files(path, split, size, done):
         else:
             where = "folders"
             names, labels = folder_labels(folders, names)
-        stamps = [size, *((name, stamp(files[name])) for name in names)]
-        try:
-            images = stack(path, stamps, decode(files, read, names, size, done), len(names), done)
-        except Coloured:
-            images = decode(files, read, names, size, done, grey=False)
-            images = stack(path, stamps, images, len(names), done)
-        return images, labels, where
+        parts = files.values() if path.is_dir() else [path]
+        key = size, names, max(os.stat(part).st_mtime_ns for part in parts)
+        for grey in (True, False):                              # not grey where any is Coloured
+            with contextlib.suppress(Coloured):
+                images = decode(files, read, names, size, done, grey)
+                return stack(images, len(names), path, key, done), labels, where
 
 
 @contextlib.contextmanager
 def open_files(path):
-    """Yield {name: file} of a folder, of an archive or of one image; read(file), which returns its
-    bytes; and stamp(file), which tells it from others unread (None for a .tar)."""
-    def of_disk(file):
-        return os.stat(file).st_size, os.stat(file).st_mtime_ns
-
-    if path.is_dir() or path.suffix.lower() in SUFFIXES:
-        found = walk(path) if path.is_dir() else [(path.name, path)]
-        yield visible(found), lambda file: Path(file).read_bytes(), of_disk
-    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            found = ((m.filename, m) for m in z.infolist() if not m.is_dir())
-            yield visible(found), z.read, lambda m: (m.file_size, m.CRC)
-    elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as tar:
-            found = ((m.name, m) for m in tar if m.isfile())
-            yield visible(found), lambda m: tar.extractfile(m).read(), None
-    else:
-        raise ValueError("neither a folder, .zip, .npy or .npz of images, nor CIFAR-10's archive")
-
-
-def walk(folder, name="", above=()):
-    """Yield name and path of all files in a folder, through links but never round in a circle."""
-    here = os.path.realpath(folder)
-    for entry in os.scandir(folder) if here not in above else ():
-        if entry.is_dir():
-            yield from walk(entry.path, f"{name}{entry.name}/", (*above, here))
-        else:
-            yield name + entry.name, entry.path
-
-
-def visible(found):
-    """Return {name: file}, with / in the names, without hidden files and a Mac's __MACOSX."""
-    files = {}
-    for name, file in found:
-        parts = [p for p in name.replace("\\", "/").split("/") if p not in ("", ".")]
-        if not any(p.startswith(".") or p == "__MACOSX" for p in parts):
-            files["/".join(parts)] = file
-    return files
+    """Yield {name: file} of a folder, an archive or one image, with / in the names and without
+    hidden files and a Mac's __MACOSX; and read(file), which returns its bytes."""
+    with contextlib.ExitStack() as opened:
+        found, read = {}, Path.read_bytes
+        if path.is_dir():
+            names = glob.iglob("**", root_dir=path, recursive=True)     # through links, too
+            found = {name: path / name for name in names}
+        elif path.suffix.lower() in SUFFIXES:
+            found = {path.name: path}
+        elif path.suffix.lower() == ".zip":
+            z = opened.enter_context(zipfile.ZipFile(path))
+            found, read = {m.filename: m for m in z.infolist()}, z.read
+        elif tarfile.is_tarfile(path):                                  # CIFAR-10's alone
+            tar = opened.enter_context(tarfile.open(path))
+            found = {m.name: m for m in tar if "_batch" in m.name}
+            read = lambda m: tar.extractfile(m).read()                  # noqa: E731
+        files = {}
+        for name, file in found.items():
+            name = PurePosixPath(name.replace("\\", "/"))
+            if not any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
+                files[str(name)] = file
+        yield files, read
 
 
 def in_split(names, split, done):
-    """Return {name: the folders that the image lies in, but for those around all}, of all images,
-    and the sorted names of those in the split: of all, where there are no folders of splits."""
+    """Return {name: the folders that the image lies in, without those around all} of all images,
+    and the sorted names of the split, which are all where there are no folders of splits."""
     folders = {name: name.split("/")[:-1] for name in names}
     around = os.path.commonprefix(list(folders.values()))
     depth = next((i for i, f in enumerate(around) if f.lower() in SPLITS), len(around))
@@ -420,21 +344,18 @@ def listed_labels(name, blob, names):
     folder = name.removesuffix("dataset.json")
     try:
         pairs = json.loads(blob)["labels"]
-        labels = {folder + image.replace("\\", "/"): label for image, label in pairs or ()}
+        if pairs is None:
+            return None
+        labels = {folder + image.replace("\\", "/"): label for image, label in pairs}
+        return [labels[image] for image in names]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{name} is not EDM\'s {{"labels": [[image, integer], ...]}}: correct it, '
-                         "or take it away") from e
-    if pairs is None:
-        return None
-    for image in names:
-        if type(labels.get(image)) is not int:
-            raise ValueError(f"{name} has no integer as the label of {image}")
-    return [labels[image] for image in names]
+        raise ValueError(f'{name} is not EDM\'s {{"labels": [[image, integer], ...]}}, or lacks an '
+                         f"image ({e!r}): correct it, or take it away") from e
 
 
-def decode(files, read, names, size, done, grey=None):
-    """Yield the images, uint8 (C, H, W), where `grey` with one channel; None: as the first one is.
-    Raises ValueError that names an image of another size, or at the end the first broken one."""
+def decode(files, read, names, size, done, grey):
+    """Yield the images, uint8 (C, H, W), where C = 1 if grey. Raises Coloured if that is wrong, and
+    ValueError for an image of another size and, at the end, for the first broken one."""
     broken, first = [], None
     for name in tqdm(names, "decoding", unit="img", delay=2, disable=rank() > 0, leave=False):
         try:
@@ -447,7 +368,6 @@ def decode(files, read, names, size, done, grey=None):
         if image.size != first[1:]:
             raise ValueError("{} is {} x {} pixels, ".format(*first) + f"{name} {image.width} x "
                              f"{image.height}: --size N takes the middle square of each")
-        grey = image.mode == "L" if grey is None else grey
         if grey and image.mode != "L":
             raise Coloured
         if not grey and image.mode == "L":
@@ -460,7 +380,7 @@ def decode(files, read, names, size, done, grey=None):
 
 
 class Coloured(Exception):
-    """An image in colour, in a set that began with grey ones."""
+    """An image of the set is in colour, so that all have three channels."""
 
 
 # ---------------------------------------------------------------------------------------- one image
@@ -475,9 +395,8 @@ def open_image(file, done=None):
     done = set() if done is None else done
     try:
         with Image.open(file, formats=FORMATS) as image:
-            stored = str(image.tile)                        # Pillow's mode hides 16 bits, and LA
-            mode = "L" if image.mode[0] in "1LI" or "LA;16B" in stored else "RGB"
-            if ";16B" in stored:
+            mode = "L" if image.mode[0] in "1LI" else "RGB"
+            if ";16B" in str(image.tile):                   # which Pillow's mode of RGB hides
                 done.add("16 bits cut to their high byte")
             if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
                 done.add("turned upright by EXIF")
@@ -491,8 +410,6 @@ def open_image(file, done=None):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert(mode)
     except Exception as e:                      # each decoder raises its own for a broken file
-        if isinstance(e, OSError) and e.filename:
-            raise
         unknown = isinstance(e, UnidentifiedImageError)     # whose message is an address in memory
         reason = "not a PNG, JPEG, WebP or BMP" if unknown else str(e) or type(e).__name__
         raise ValueError(reason if hasattr(file, "read") else f"{file}: {reason}") from e
@@ -521,12 +438,12 @@ def from_pillow(image):
 
 # --------------------------------------------------------------------------------------- large sets
 
-def stack(path, stamps, images, n, done):
+def stack(images, n, path, key, done):
     """Return n images (C, H, W) of an iterator as one array (n, C, H, W).
 
     From MAPPED bytes on they are written to a file once, beside the set at `path` or, where one
-    can't write or has no room, in cache(); the array is memory-mapped from it, copied on write.
-    stamps: what tells this set from others, in the file's name.
+    can't write there, in cache(); the array is memory-mapped from it, copied on write. key: what
+    tells this set from others, in the file's name.
     """
     first = next(images)
     shape, images = (n, *first.shape), itertools.chain([first], images)
@@ -535,27 +452,15 @@ def stack(path, stamps, images, n, done):
         for i, image in enumerate(images):
             pixels[i] = image
         return pixels
-    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     file = path.resolve().with_name(f"{path.resolve().name}.{digest}.npy")
-    if not file.exists() and not (os.access(file.parent, os.W_OK) and
-                                  shutil.disk_usage(file.parent).free > math.prod(shape)):
-        file = cache(write=True) / file.name
+    if not file.exists() and not os.access(file.parent, os.W_OK):
+        file = cache() / file.name
     if not file.exists():
-        write_once(file, shape, images)
-    done.add(f"memory-mapped from {file}")
-    return np.load(file, mmap_mode="c")
-
-
-def write_once(file, shape, images):
-    """Write an .npy of the images, unless another process is doing so: then wait for it."""
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
-        if fcntl:
-            with contextlib.suppress(OSError):                      # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.exists():
-            return
         with atomic(file) as tmp, open(tmp, "wb") as f:     # a full disk kills who writes a memmap
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(f, header)
             for image in images:
                 f.write(image.tobytes())
+    done.add(f"memory-mapped from {file}")
+    return np.load(file, mmap_mode="c")

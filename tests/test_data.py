@@ -1,17 +1,13 @@
 """data.py: the inputs that people bring and what is right for each, large sets, downloads."""
 import hashlib
-import http.server
 import io
 import json
 import os
 import pickle
-import shutil
 import struct
 import tarfile
-import threading
 import tracemalloc
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +23,9 @@ EXPECTED = torch.from_numpy(PIXELS).permute(0, 3, 1, 2)             # (6, 3, 8, 
 GREY = EXPECTED[:, :1]
 
 
-def png(array, mode=None, kind="PNG", **how):
+def png(array, kind="PNG", **how):
     blob = io.BytesIO()
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(blob, kind, **how)
+    Image.fromarray(array).save(blob, kind, **how)
     return blob.getvalue()
 
 
@@ -83,51 +78,53 @@ SPLIT = [f"{s}/{c}/0.png" for s in ("train", "test", "val") for c in ("cat", "do
     (["cat/0.png", "cat-2/0.png", "cat/1.png"], "train", [0, 2, 1], [0, 0, 1]),
     (["cat/in/0.png", "dog/in/0.png", "cat/out/0.png"], "train", [0, 2, 1], [0, 0, 1]),
     (["a/test/0.png", "b/cat/0.png"], "train", [0, 1], [0, 1]),         # deeper than splits lie
-    (["cat/0.png", "cat/1.png"], "train", [0, 1], None),
     (SPLIT, "train", [0, 1], [0, 1]), (SPLIT, "test", [2, 3], [0, 1]),
     (SPLIT[:2] + SPLIT[4:], "test", [2, 3], [0, 1]),                    # val where there is no test
-    (["Training/a.png", "Testing/a.png"], "test", [1], None),
-    (["valid/a.png", "train/a.png"], "train", [1], None),
+    (["Validation/a.png", "Train/a.png"], "train", [1], None),
     (["train/a/0.png", "train/b/0.png", "test/b/0.png"], "test", [2], [1]),
     (["train/x/a/0.png", "train/x/b/0.png", "test/x/b/0.png"], "train", [0, 1], [0, 1]),
     (["train/a/0.png", "train/b/0.png", "test/0.png"], "test", [2], None)])
-@pytest.mark.parametrize("around, kind", [("", "set"), ("", "a.zip"), ("set/", "set"),
-                                          ("./one/two/", "a.zip")])
+@pytest.mark.parametrize("around, kind", [("", "set"), ("one/two/", "a.zip")])
 def test_folders_are_splits_and_classes(tmp_path, names, split, order, labels, around, kind):
     files = images(*(around + n for n in names)) | {around + "readme.txt": b"hello"}
-    path = write(tmp_path / kind, files)
-    same(load_images(path, split), EXPECTED[order], labels)
-    assert os.listdir(tmp_path) == [kind]                           # nothing else was written
+    same(load_images(write(tmp_path / kind, files), split), EXPECTED[order], labels)
 
 
 @pytest.mark.parametrize("names, split, word", [
     (["cat/0.png", "dog/0.png", "preview.png"], "train", "preview.png"),
     (["train/0.png", "test/0.png", "bus/0.png"], "train", "bus/0.png"),     # a split, or a class?
-    (["train/0.png", "test/0.png", "preview.png"], "train", "preview.png"),
     (["cat/train/0.png", "dog/test/0.png"], "train", "cat/train/0.png"),
-    (["cat/0.png", "dog/0.png"], "test", "no test images"),
-    (["train/0.png"], "test", "only train"), (["test/0.png"], "train", "only test"),
-    (["notes.txt"], "train", "no images"), (["cat.gif"], "train", "1 .gif files are not read")])
+    (["cat/0.png", "dog/0.png"], "test", "no test images"), (["test/0.png"], "train", "only test"),
+    (["notes.txt", "cat.gif"], "train", "1 .gif files are not read")])
 def test_what_can_mean_two_things_is_refused(tmp_path, names, split, word):
     refused(write(tmp_path / "set", images(*names)), word, split=split)
 
 
-def test_what_is_no_image_and_what_is_linked(tmp_path, capsys):
+def test_what_was_found_is_said_and_what_is_no_image(tmp_path, capsys, monkeypatch):
     junk = {"__MACOSX/set/a.png": b"junk", "set/.DS_Store": b"junk", "set/._b.png": b"junk",
             "set/Thumbs.db": b"junk", "set/c.gif": b"GIF", "set/d.GIF": b"GIF", "set/e.tif": b"II"}
     path = write(tmp_path / "a.zip", images("set/a.png") | junk)
     same(load_images(path), EXPECTED[:1], None)
     assert capsys.readouterr().err == (f"{path}: 1 image of 8 x 8, RGB; no labels; 1 .tif files "
                                        "are not read; 2 .gif files are not read\n")
+    path = write(tmp_path / "splits", images(*SPLIT))
+    load_images(path)
+    assert capsys.readouterr().err == (f"{path}: 2 images of 8 x 8, RGB; 2 classes from folders; "
+                                       "the split train (of test, train, val)\n")
+    monkeypatch.setenv("RANK", "1")                             # another process of the same run
+    load_images(path)
+    assert not capsys.readouterr().err
+
+
+def test_links_are_followed(tmp_path):
     write(tmp_path / "real", images("0.png", "1.png"))
     (tmp_path / "set/cat").mkdir(parents=True)
     (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "real/1.png")
     (tmp_path / "set/dog").symlink_to(tmp_path / "real")
-    (tmp_path / "real/round").symlink_to(tmp_path / "set")              # would never end
     same(load_images(tmp_path / "set"), EXPECTED[[1, 0, 1]], [0, 1, 1])
 
 
-@pytest.mark.parametrize("where", ["", "set/", "train/"])
+@pytest.mark.parametrize("where", ["", "train/"])
 def test_dataset_json_decides(tmp_path, where):
     names = [f"{i // 2}\\img{i}.png" for i in range(6)]                 # as Windows writes them
     files = images(*(where + n for n in names))
@@ -142,9 +139,8 @@ def test_dataset_json_decides(tmp_path, where):
 
 
 @pytest.mark.parametrize("blob, word", [
-    (b"{", "EDM"), (b"[]", "EDM"), (b'{"images": []}', "EDM"), (b'{"labels": [7]}', "EDM"),
-    (b'{"labels": [["a.png", 1]]}', "label of b.png"), (b'{"labels": [["a.png", 1.5]]}', "a.png"),
-    (b'{"labels": [["a.png", 1], ["b.png", -1]]}', "whole numbers")])
+    (b"{", "EDM"), (b'{"labels": [["a.png", 1]]}', "b.png"),
+    (b'{"labels": [["a.png", 1], ["b.png", 1.5]]}', "whole numbers")])
 def test_a_broken_dataset_json_is_named(tmp_path, blob, word):
     path = write(tmp_path / "a.zip", images("a.png", "b.png") | {"dataset.json": blob})
     refused(path, "dataset.json", word)
@@ -153,9 +149,7 @@ def test_a_broken_dataset_json_is_named(tmp_path, blob, word):
 # ------------------------------------------------------------------------------------ one image
 
 @pytest.mark.parametrize("orientation, turn", [
-    (1, lambda x: x), (2, lambda x: x[:, ::-1]), (3, lambda x: x[::-1, ::-1]),
-    (4, lambda x: x[::-1]), (5, lambda x: x.transpose(1, 0, 2)), (6, lambda x: np.rot90(x, -1)),
-    (7, lambda x: np.rot90(x, 2).transpose(1, 0, 2)), (8, np.rot90)])
+    (1, lambda x: x), (2, lambda x: x[:, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)])
 def test_exif_turns_upright(tmp_path, orientation, turn, capsys):
     exif = Image.Exif()
     exif[274] = orientation
@@ -163,10 +157,6 @@ def test_exif_turns_upright(tmp_path, orientation, turn, capsys):
                                                     exif=exif.tobytes())})
     assert np.array_equal(load_images(path)[0][0].permute(1, 2, 0), turn(PIXELS[0, :, :6]))
     assert ("turned upright" in capsys.readouterr().err) == (orientation > 1)
-
-
-def test_a_broken_exif_is_no_orientation():
-    assert open_image(io.BytesIO(png(PIXELS[0], kind="JPEG", exif=b"Exif\0\0junk"))).size == (8, 8)
 
 
 def test_transparency_is_laid_on_white(tmp_path, capsys):
@@ -178,33 +168,18 @@ def test_transparency_is_laid_on_white(tmp_path, capsys):
         got = load_images(path)[0][0].permute(1, 2, 0).numpy()
         assert got.shape == (8, 8, channels) and np.abs(got - wanted).max() <= 1    # rounding
         assert capsys.readouterr().err.count("transparency laid on white") == 1
-    opaque = np.concatenate([PIXELS[0], np.full_like(alpha, 255)], 2)
-    assert np.array_equal(open_image(io.BytesIO(png(opaque))), PIXELS[0])
-    palette = Image.fromarray(PIXELS[0, :, :, 0] // 64).convert("P")    # colours 0 to 3
+    index = PIXELS[0, :, :, 0] // 64
+    palette = Image.fromarray(index).convert("P")                       # colours 0 to 3
     palette.putpalette([9, 9, 9, 90, 0, 0, 0, 90, 0, 0, 0, 90])
     palette.save(tmp_path / "p.png", transparency=0)
-    got, index = np.array(open_image(tmp_path / "p.png")), PIXELS[0, :, :, 0] // 64
+    got = np.array(open_image(tmp_path / "p.png"))
     assert (got[index == 0] == 255).all() and (got[index == 1] == [90, 0, 0]).all()
 
 
-def png16(values, colour):
-    """A PNG of 16 bits a channel, (H, W, C), as its standard says. colour: the type, 0 or 2 or 4"""
-    def chunk(name, blob):
-        check = zlib.crc32(name + blob)
-        return struct.pack(">I", len(blob)) + name + blob + struct.pack(">I", check)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
-            + chunk(b"IEND", b""))
-
-
-@pytest.mark.parametrize("colour, channels", [(0, 1), (2, 3), (4, 1)])
-def test_16_bits_give_their_high_byte(tmp_path, colour, channels, capsys):
-    values = np.random.RandomState(2).randint(0, 65536, (8, 6, channels))
-    stored = np.concatenate([values, np.full((8, 6, 1), 65535)], 2) if colour == 4 else values
-    path = tmp_path / "a.png"
-    path.write_bytes(png16(stored, colour))                             # one image is a set, too
-    assert np.array_equal(load_images(path)[0][0].permute(1, 2, 0), values // 256)
+def test_16_bits_give_their_high_byte(tmp_path, capsys):
+    values = np.random.RandomState(2).randint(0, 65536, (8, 6), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    same(load_images(tmp_path / "a.png"), torch.from_numpy(values // 256)[None, None].byte(), None)
     assert capsys.readouterr().err.count("16 bits cut to their high byte") == 1
 
 
@@ -231,19 +206,15 @@ def test_middle_squares(tmp_path, capsys):
     assert "resized to 8 x 8" in capsys.readouterr().err
     np.save(tmp_path / "a.npy", big[None])
     assert np.array_equal(load_images(tmp_path / "a.npy", size=8)[0][0].permute(1, 2, 0), got[0])
-    np.save(tmp_path / "a.npy", big[None, :, :, 0])
-    assert load_images(tmp_path / "a.npy", size=16)[0].shape == (1, 1, 16, 16)
 
 
-@pytest.mark.parametrize("blob, word", [(png(PIXELS[0])[:90], "truncated"), (b"", "not a PNG"),
+@pytest.mark.parametrize("blob, word", [(png(PIXELS[0])[:90], "truncated"),
                                         (png(PIXELS[0], kind="GIF"), "not a PNG")])
 def test_a_broken_image_is_named_and_the_others_counted(tmp_path, blob, word):
     files = images("a.png", "b.png", "c.png") | {"b.png": blob}
     refused(write(tmp_path / "set", files), "b.png", word, "1 of 3", "other 2 are fine")
     with pytest.raises(ValueError, match=f"^{tmp_path}/set/b.png: .*{word}"):
         open_image(tmp_path / "set/b.png")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        open_image(tmp_path / "nowhere.png")
 
 
 # --------------------------------------------------------------------------------------- arrays
@@ -251,40 +222,30 @@ def test_a_broken_image_is_named_and_the_others_counted(tmp_path, blob, word):
 @pytest.mark.parametrize("array, wanted", [
     (PIXELS, EXPECTED), (EXPECTED.numpy(), EXPECTED), (np.asfortranarray(PIXELS), EXPECTED),
     (PIXELS[..., 0], GREY), (PIXELS[..., :1], GREY), (GREY.numpy(), GREY)])
-@pytest.mark.parametrize("names", [("images", "labels"), ("arr_0", "arr_1"), ("x_train", "y_train"),
-                                   ("train_images", "train_labels")])
-def test_arrays(tmp_path, array, wanted, names):
+def test_arrays(tmp_path, array, wanted):
     np.save(tmp_path / "a.npy", array)
     pixels, labels = load_images(tmp_path / "a.npy")
     assert torch.equal(pixels, wanted) and pixels.is_contiguous() and labels is None
     digits = np.uint8([3, 1, 4, 1, 5, 9])
-    for labels in (digits, digits[:, None]):
-        np.savez(tmp_path / "a.npz", **{names[1]: labels, names[0]: array})
-        same(load_images(tmp_path / "a.npz"), wanted, digits.tolist())
+    for name, label in (("images", "labels"), ("arr_0", "arr_1"), ("x_train", "y_train")):
+        for labels in (digits, digits[:, None]):
+            np.savez(tmp_path / "a.npz", **{label: labels, name: array})
+            same(load_images(tmp_path / "a.npz"), wanted, digits.tolist())
 
 
 def test_arrays_have_splits(tmp_path):
-    path = tmp_path / "mnist.npz"
     x, y = PIXELS[..., 0], np.arange(6)
-    np.savez(path, x_test=x[4:], y_test=y[4:], x_train=x[:4], y_train=y[:4])
-    same(load_images(path), GREY[:4], [0, 1, 2, 3])
-    same(load_images(path, "test"), GREY[4:], [4, 5])
-    np.savez(path, val_images=x[4:], val_labels=y[4:], train_images=x[:4])
-    same(load_images(path), GREY[:4], None)
-    same(load_images(path, "test"), GREY[4:], [4, 5])
-    np.savez(path, arr_0=x, mu=np.zeros(2), sigma=np.eye(2))            # ADM's reference batches
-    same(load_images(path), GREY, None)
-    refused(path, "no test images", split="test")
+    np.savez(tmp_path / "a.npz", x_test=x[4:], y_test=y[4:], x_train=x[:4], y_train=y[:4])
+    same(load_images(tmp_path / "a.npz"), GREY[:4], [0, 1, 2, 3])
+    same(load_images(tmp_path / "a.npz", "test"), GREY[4:], [4, 5])
 
 
 @pytest.mark.parametrize("arrays, word", [
-    ({"images": PIXELS, "targets": [1] * 6}, "images, targets"), ({"a": PIXELS}, "called a"),
-    ({"arr_0": PIXELS, "labels": [1] * 6}, "arr_0, labels"), ({}, "called nothing"),
-    ({"labels": [1]}, "no train images"), ({"images": PIXELS / 255}, "float64"),
-    ({"images": PIXELS.astype(int)}, "int64"), ({"images": PIXELS[0]}, "(8, 8, 3)"),
+    ({"images": PIXELS, "targets": [1] * 6}, "images, targets"), ({}, "called nothing"),
+    ({"arr_0": PIXELS, "labels": [1] * 6}, "arr_0, labels"), ({"images": PIXELS / 255}, "float64"),
     ({"images": PIXELS[..., :2]}, "(6, 8, 8, 2)"), ({"images": PIXELS[:0]}, "no images"),
-    *(({"images": PIXELS, "labels": np.array(labels)}, "labels") for labels in (
-        [-3, 0, 0, 0, 0, 0], [0.5] * 6, [1.0] * 6, [1, 2], [[1, 0]] * 6, ["a"] * 6, [True] * 6))])
+    *(({"images": PIXELS, "labels": np.array(labels)}, "labels")
+      for labels in ([-3, 0, 0, 0, 0, 0], [0.5] * 6, [1, 2]))])
 def test_other_arrays_are_refused(tmp_path, arrays, word):
     np.savez(tmp_path / "a.npz", **arrays)
     refused(tmp_path / "a.npz", word)
@@ -293,50 +254,38 @@ def test_other_arrays_are_refused(tmp_path, arrays, word):
 def test_broken_files(tmp_path):
     for name in ("text.npy", "text.npz", "text.tar", "text.zip", "text"):
         (tmp_path / name).write_text("hello")
-    np.save(tmp_path / "code.npy", np.array([print], dtype=object), allow_pickle=True)
-    save_images(EXPECTED, tmp_path / "whole.zip")
-    (tmp_path / "half.zip").write_bytes((tmp_path / "whole.zip").read_bytes()[:300])
-    (tmp_path / "whole.zip").unlink()
-    write(tmp_path / "photos.tar.gz", images("a.png"))
-    for path in list(tmp_path.iterdir()):
-        refused(path)
+        refused(tmp_path / name)
+    refused(write(tmp_path / "photos.tar.gz", images("a.png")), "no images")
     refused(tmp_path / "nowhere", "no such", kind=FileNotFoundError)
-    for source, split in (("", "train"), ("cifar10", "val")):           # "" is not the folder "."
-        with pytest.raises(ValueError, match="name"):
-            load_images(source, split)
 
 
 # ------------------------------------------------------------------------------------- CIFAR-10
 
-def records():
-    """Four images a batch in the official format: a label byte, then 3072 bytes, channels first."""
-    pixels = np.random.RandomState(1).randint(0, 256, (6, 4, 3073), dtype=np.uint8)
-    pixels[:, :, 0] %= 10
-    return dict(zip([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], pixels))
+RECORDS = np.random.RandomState(1).randint(0, 10, (6, 4, 3073), dtype=np.uint8)     # label, pixels
 
 
 class Python2(pickle._Pickler):
     """Pickles as Python 2 did, in which torchvision's files were written: bytes are its texts."""
     dispatch = dict(pickle._Pickler.dispatch)
 
-    def save_bytes(self, blob):
+    def save_text(self, text):
+        blob = text.encode() if isinstance(text, str) else text
         self.write(pickle.BINSTRING + struct.pack("<i", len(blob)) + blob)
 
-    def save_str(self, text):
-        self.save_bytes(text.encode())
-
-    dispatch[bytes], dispatch[str] = save_bytes, save_str
+    dispatch[bytes] = dispatch[str] = save_text
 
 
 def batches(kind):
+    """Return CIFAR-10's files, name to bytes, in the official format or torchvision's."""
     files = {}
-    for name, pixels in records().items():
-        blob = io.BytesIO(pixels.tobytes())
-        if kind == "py":
+    for i, records in enumerate(RECORDS):
+        name = f"cifar-10-batches-{kind}/" + (f"data_batch_{i + 1}" if i < 5 else "test_batch")
+        if kind == "bin":
+            files[name + ".bin"] = records.tobytes()
+        else:
             blob = io.BytesIO()
-            Python2(blob, 2).dump({"batch_label": "of 5", "labels": pixels[:, 0].tolist(),
-                                   "data": pixels[:, 1:], "filenames": ["a.png"] * 4})
-        files[f"cifar-10-batches-{kind}/{name}{'.bin' * (kind == 'bin')}"] = blob.getvalue()
+            Python2(blob, 2).dump({"data": records[:, 1:], "labels": records[:, 0].tolist()})
+            files[name] = blob.getvalue()
     return files
 
 
@@ -344,223 +293,125 @@ def batches(kind):
                                         ("py", "cifar-10-python.tar.gz"), ("py", "folder")])
 def test_cifar10(tmp_path, kind, name):
     path = write(tmp_path / name, dict(reversed(batches(kind).items())))
-    *train, test = records().values()
-    for split, pixels in (("train", np.concatenate(train)), ("test", test)):
-        same(load_images(path, split), torch.from_numpy(pixels[:, 1:]).view(-1, 3, 32, 32),
-             pixels[:, 0].tolist())
-    if name == "folder":
-        same(load_images(path / f"cifar-10-batches-{kind}", "test"), torch.from_numpy(
-            test[:, 1:]).reshape(-1, 3, 32, 32), test[:, 0].tolist())
+    for split, records in (("train", RECORDS[:5].reshape(20, -1)), ("test", RECORDS[5])):
+        same(load_images(path, split), torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32),
+             records[:, 0].tolist())
 
 
-def test_pickles_of_cifar10_run_no_code(tmp_path):
+def test_cifar10s_pickles_run_no_code_and_no_batch_may_be_missing(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     files = batches("py") | {"cifar-10-batches-py/test_batch": pickle.dumps({"data": Evil()})}
-    refused(write(tmp_path / "set", files), "mkdir", split="test")
+    path = write(tmp_path / "set", files)
+    refused(path, "mkdir", split="test")
     assert not (tmp_path / "ran").exists()
+    (path / "cifar-10-batches-py/data_batch_3").unlink()
+    refused(path, "no data_batch_3")
 
 
-@pytest.mark.parametrize("broken", [b"", b"x" * 3072, b"x" * 3074, None])
-def test_records_of_cifar10_are_counted(tmp_path, broken):
-    files = batches("bin") | {"cifar-10-batches-bin/data_batch_3.bin": broken}
-    files = {name: blob for name, blob in files.items() if blob is not None}
-    refused(write(tmp_path / "a.tar.gz", files), "data_batch_3.bin")
+# ---------------------------------------------------------------------- memory and large sets
 
-
-# ---------------------------------------------------------------- speed, memory and large sets
-
-def peak(path):
-    """Return the images, and the most bytes that Python and numpy had while loading them."""
-    tracemalloc.start()
-    try:
-        return load_images(path)[0], tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_set_is_read_once_and_is_in_memory_once(tmp_path, monkeypatch):
+def test_a_set_is_in_memory_once(tmp_path, monkeypatch):
     blob = png(PIXELS[0].repeat(4, 0).repeat(4, 1))                 # 32 x 32
     path = write(tmp_path / "set", {f"{i % 10}/{i}.png": blob for i in range(1000)})
-    read, seen = Path.read_bytes, []
-    monkeypatch.setattr(Path, "read_bytes", lambda file: seen.append(str(file)) or read(file))
-    pixels, most = peak(path)
-    assert most < 1.5 * pixels.nbytes                               # 3 MB, and the names
-    assert len(seen) == len(set(seen)) == 1000
-    for array in (pixels.numpy(), pixels.permute(0, 2, 3, 1).numpy()):
-        np.save(tmp_path / "a.npy", np.ascontiguousarray(array))
-        monkeypatch.setattr(data, "MAPPED", pixels.nbytes)          # large: mapped as it is
-        mapped, most = peak(tmp_path / "a.npy")
-        assert torch.equal(mapped, pixels) and most < pixels.nbytes / 10
+    tracemalloc.start()
+    pixels = load_images(path)[0]
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * pixels.nbytes     # 3 MB, and the names
+    np.save(tmp_path / "a.npy", pixels.permute(0, 2, 3, 1).numpy())
+    monkeypatch.setattr(data, "MAPPED", pixels.nbytes)              # large: mapped as it is
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    assert torch.equal(load_images(tmp_path / "a.npy")[0], pixels)
+    assert tracemalloc.get_traced_memory()[1] - before < pixels.nbytes / 10
+    tracemalloc.stop()
 
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """Return a .zip of six images, with labels, that counts as large; and what was decoded of it,
-    by thread."""
+    """Return a folder of which six images count as large, and the images that were decoded."""
     decoded = []
-    monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)
-    monkeypatch.setattr(data, "open_image", lambda *a: decoded.append(threading.get_ident())
-                        or open_image(*a))
-    save_images(EXPECTED, tmp_path / "set/photos.zip", torch.arange(6))
-    return tmp_path / "set/photos.zip", decoded
+    monkeypatch.setattr(data, "open_image", lambda *a: decoded.append(a) or open_image(*a))
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set", decoded
 
 
 def test_large_sets_are_decoded_once_and_mapped(large, capsys):
-    path, decoded = large
-    assert load_images(path, size=16)[0].shape == (6, 3, 16, 16)
-    for times in (12, 13):                                          # the first one, for its size
+    path, decoded = large[0] / "photos.zip", large[1]
+    save_images(EXPECTED, path, torch.arange(6))
+    for times in (7, 9):                        # a set's first image says its size and its mode
         pixels, labels = load_images(path)
         same((pixels, labels), EXPECTED, [0, 1, 2, 3, 4, 5])
         assert len(decoded) == times
         pixels.zero_()                                              # in memory, not in the file
     file = Path(capsys.readouterr().err.rsplit("memory-mapped from ")[-1].strip())
     assert file.parent == path.parent and np.array_equal(np.load(file), EXPECTED)
+    assert load_images(path, size=16)[0].shape == (6, 3, 16, 16)
     save_images(EXPECTED.flip(0), path)                             # another set of this name
     same(load_images(path), EXPECTED.flip(0), None)
-    assert len(list(path.parent.glob("photos.zip.*.npy"))) == 3
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_large_sets_where_one_cannot_write(large, tmp_path, monkeypatch, full):
-    path, access, free = large[0], os.access, PIXELS.nbytes if full else 10 ** 9
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(0, 0, free))
-    if not full:
-        monkeypatch.setattr(os, "access",
-                            lambda p, mode: Path(p) != path.parent and access(p, mode))
-    same(load_images(path), EXPECTED, [0, 1, 2, 3, 4, 5])
-    assert len(list((tmp_path / "cache").glob("photos.zip.*.npy"))) == 1
-    assert len(list(path.parent.iterdir())) == 1
-    monkeypatch.setattr(os, "access", lambda p, mode: False)
-    save_images(EXPECTED.flip(0), path)
-    refused(path, "cache", "set DI_BREGMAN_CACHE")
-
-
-def test_large_folders(large, tmp_path):
-    path, decoded = tmp_path / "set", large[1]
-    large[0].unlink()
+def test_large_folders_where_one_cannot_write(large, tmp_path, monkeypatch):
+    path, decoded = large
+    monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
     grey = {f"{i}.png": png(PIXELS[i, :, :, 0]) for i in range(5)}
     wanted = torch.cat([GREY[:5].expand(-1, 3, 8, 8), EXPECTED[5:]])
     write(path, grey | {"5.png": b"hello"})
-    data.MAPPED = 6 * 64
     refused(path, "5.png")
-    assert not list(tmp_path.glob("*.npy"))                         # nothing half made is left
+    assert not list((tmp_path / "cache").glob("*"))                 # nothing half made is left
     write(path, {"5.png": png(PIXELS[5])})
     for _ in range(2):
         before = len(decoded)
         same(load_images(path), wanted, None)                       # grey at first, then in colour
-    assert len(decoded) == before + 1
+    assert len(decoded) == before + 7
     write(path, {"0.png": png(255 - PIXELS[0, :, :, 0])})           # other pixels, the same name
-    os.utime(path / "0.png", (1, 1))
+    os.utime(path / "0.png", (2e9, 2e9))
     assert torch.equal(load_images(path)[0][0, 0], 255 - wanted[0, 0])
-
-
-def test_two_that_start_together_decode_a_set_once(large):
-    path, decoded = large
-    threads = [threading.Thread(target=load_images, args=(path,)) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len(decoded) - len(threads) <= 5                 # each its first one, one all the others
-    same(load_images(path), EXPECTED, [0, 1, 2, 3, 4, 5])
-
-
-def test_the_first_process_says_what_it_found(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "set", images(*SPLIT))
-    load_images(path)
-    assert capsys.readouterr().err == (f"{path}: 2 images of 8 x 8, RGB; 2 classes from folders; "
-                                       "the split train (of test, train, val)\n")
-    monkeypatch.setenv("RANK", "1")
-    load_images(path)
-    assert not capsys.readouterr().err
+    assert len(list((tmp_path / "cache").glob("set.*.npy"))) == 2
+    assert [*tmp_path.glob("*.npy")] == []
 
 
 # ------------------------------------------------------------------------------------- downloads
 
 @pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """Return a function that serves these bytes, status line and all, and returns their URL."""
-    answers = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.wfile.write(answers[self.path.split("?")[0]])
-
-        def log_message(self, *_):
-            pass
-
-    def serve(answer, name="file"):
-        answers["/" + name] = answer
-        return f"http://127.0.0.1:{server.server_port}/{name}"
-
+def served(tmp_path, monkeypatch):
+    """Return the archive of CIFAR-10, which "cifar10" downloads into tmp_path / "cache"."""
+    (tmp_path / "web").mkdir()
+    path = write(tmp_path / "web/cifar.tar.gz", batches("bin"))
+    monkeypatch.setattr(data, "CIFAR10",
+                        (path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()))
     monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield serve
-    server.shutdown()
-    server.server_close()
+    return path
 
 
-def whole(body):
-    return b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-
-
-def test_cifar10_is_downloaded_once_and_checked(tmp_path, monkeypatch, serve):
-    blob = write(tmp_path / "cifar-10-binary.tar.gz", batches("bin")).read_bytes()
-    url = serve(whole(blob), "cifar-10-binary.tar.gz")
-    monkeypatch.setattr(data, "CIFAR10", (url, hashlib.sha256(blob).hexdigest()))
+def test_cifar10_is_downloaded_once(tmp_path, served):
     assert load_images("cifar10")[0].shape == (20, 3, 32, 32)
-    serve(b"", "cifar-10-binary.tar.gz")                            # from now on from the cache
+    served.unlink()                                                 # from now on from the cache
     assert load_images("cifar10", "test", size=16)[0].shape == (4, 3, 16, 16)
-    kept = tmp_path / "cache/cifar-10-binary.tar.gz"
-    kept.write_bytes(blob[:9000])
-    refused("cifar10", str(kept), "sha256", "delete it")
-    monkeypatch.setattr(data, "CIFAR10", (url, ""))
-    refused("cifar10", str(kept), "delete it")
+    (tmp_path / "cache/other.pth").write_bytes(b"by hand")
+    assert download("http://127.0.0.1:9/other.pth").read_bytes() == b"by hand"
 
 
-def test_what_is_not_the_file_is_not_kept(tmp_path, serve):
-    for answer, sha256, reason in (
-            (whole(b"another file"), "0" * 64, "sha256"), (whole(b""), "", "empty"),
-            (whole(b"\n <!DOCTYPE html>\n<p>Log in"), "", "a web page"),
-            (whole(b"<HTML><p>Log in"), "0" * 64, "a web page"),
-            (whole(b"x" * 2000)[:-1000], hashlib.sha256(b"x" * 2000).hexdigest(), "sha256"),
-            (b"HTTP/1.0 404 Not Found\r\n\r\n", "", "Not Found"), (b"SSH-2.0\r\n", "", "SSH-2.0")):
-        with pytest.raises(OSError, match=f"{reason}.*put it at {tmp_path}/cache/file$"):
-            download(serve(answer), sha256)
-        assert os.listdir(tmp_path / "cache") == []
-    with pytest.raises(OSError, match=f"refused.*put it at {tmp_path}/cache/w.pth$"):
+def test_what_is_not_the_file_is_not_kept(tmp_path, served):
+    with pytest.raises(OSError, match=f"refused.*put it at {tmp_path}/cache/w.pth"):
         download("http://127.0.0.1:9/w.pth")
+    served.write_bytes(b"another file")
+    with pytest.raises(OSError, match=f"hash.*put it at {tmp_path}/cache/cifar.tar.gz"):
+        load_images("cifar10")
+    assert os.listdir(tmp_path / "cache") == []
 
 
-def test_a_file_put_there_by_hand_will_do(tmp_path, serve):
-    url = serve(b"")
-    assert download(serve(whole(b"body"), "other") + "?from=a/b").read_bytes() == b"body"
-    (tmp_path / "cache/file").write_bytes(b"by hand")
-    for sha256 in ("", hashlib.sha256(b"by hand").hexdigest()):
-        assert download(url, sha256) == tmp_path / "cache/file"
-    for blob, sha256 in ((b"by hand", "0" * 64), (b"<html>", "")):
-        (tmp_path / "cache/file").write_bytes(blob)
-        with pytest.raises(ValueError, match=f"^{tmp_path}/cache/file: .*delete it"):
-            download(url, sha256)
-        assert (tmp_path / "cache/file").exists()                   # the user's
-
-
-def test_where_downloads_cannot_be_kept(tmp_path, monkeypatch, serve):
-    url = serve(whole(b"body"))
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "a file/cache"))
-    with pytest.raises(OSError, match="a file.*set DI_BREGMAN_CACHE"):
-        download(url)
+def test_where_downloads_cannot_be_kept(tmp_path, monkeypatch, served):
+    monkeypatch.setenv("DI_BREGMAN_CACHE", str(served / "cache"))   # in a file
+    with pytest.raises(OSError, match="cifar.tar.gz/cache.*set DI_BREGMAN_CACHE"):
+        load_images("cifar10")
     monkeypatch.delenv("DI_BREGMAN_CACHE")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)   # as where there is no home
     with pytest.raises(OSError, match="home.*set DI_BREGMAN_CACHE"):
-        download(url)
+        load_images("cifar10")
 
 
 # ------------------------------------------------------------------------------------ images out
@@ -573,14 +424,8 @@ def test_save_images_reads_back(tmp_path, pixels, name, labels):
         save_images(pixels, tmp_path / folder / name, labels and torch.tensor(labels))
         same(load_images(tmp_path / folder / name), pixels, labels)
     assert (tmp_path / "new folder" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_save_images_refuses_what_it_cannot_read_back(tmp_path):
-    with pytest.raises(ValueError, match="labels"):
-        save_images(EXPECTED, tmp_path / "a.zip", torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="a.png"):
+    with pytest.raises(ValueError, match="a.png: .* as .npz or .zip"):
         save_images(EXPECTED, tmp_path / "a.png")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("pixels", [EXPECTED, GREY])
