@@ -15,7 +15,6 @@ The folder then holds teacher.pt, which edm.py draws from and cifar_distill.py d
 import copy
 import math
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,12 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import load_images, save_grid
-from edm import (check_labels, edm_loss, half_life_to_beta, image_shape, load_teacher, network,
-                 sample)
+from edm import edm_loss, half_life_to_beta, image_shape, load_guided, network, sample
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing import loop
-from plumbing.cli import (count, nonnegative, parser, positive, real, run_main, share,
-                          torch_device, whole)
+from plumbing.cli import (count, nonnegative, parser, positive, run_main, share, torch_device,
+                          whole)
 
 
 @dataclass
@@ -42,29 +40,20 @@ class TrainConfig:
     flip: bool = True           # mirror half of the images; not for digits or text
     init: str = ""              # what load_teacher takes: start from its weights, to fine-tune, and
                                 # from its width, levels and depth
-    kind: Literal["ddpm++", "ncsn++"] = "ddpm++"    # the kind of network
     width: count = 16           # channels of the network's first level
     levels: whole = 0           # of the network, each of half the size; 0: three, or as many as
                                 # reach 8 pixels a side
     depth: count = 1            # blocks a level
-    dropout: share = 0.0        # share of the features left out in training
     kimg: positive = 1000.0     # thousands of images to see in all
     batch: count = 64           # images a step
-    lr: positive = 1e-2         # Muon's, of matrices, after the warm-up; falls as 1/sqrt beyond
-                                # ref-kimg
-    lr_vectors: positive = 1.5e-3       # Adam's, of norms and biases; rises and falls likewise
-    warmup_kimg: nonnegative = 25.0     # thousands of images over which it rises from 0
-    ref_kimg: positive = 400.0  # thousands of images after which it falls
+    lr: positive = 1e-2         # the highest learning rate of Muon, which learns the matrices
     decay: nonnegative = 0.0    # the last thousands of images, over which it falls to 0 linearly
-    ema_kimg: nonnegative = 50.0        # half-life of the weights' average; at most 5 % of the run
-    p_mean: real = -1.2         # ln sigma is normal with this mean
-    p_std: positive = 1.2       # and this standard deviation
-    label_dropout: share = 0.0  # share of the labels left out, for guidance by itself: 0.1, say
+    label_dropout: share = 0.0  # fraction of labels left out, for guidance by itself: 0.1, say
     seed: whole = 0             # of the first weights and all random numbers
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"   # what computes
     amp: Literal["no", "bf16"] = "no"   # bf16 for autocast
     save_every: positive = 20.0 # thousands of images between checkpoints
-    preview: whole = 64         # samples in samples.png at each of them, 0 for none
+    preview: count = 64         # samples in samples.png at each of them
 
     def __post_init__(self):
         if self.width % 4:
@@ -75,15 +64,8 @@ class TrainConfig:
             raise ValueError("train_teacher.py is one process: without torchrun")
 
 
+ADAM_LR = 1.5e-3        # the highest of Adam, which learns norms and biases
 FREE = ("kimg", "decay", "device", "save_every", "preview")     # may change when a run goes on
-
-
-@contextmanager
-def seeded(seed, device):
-    """Seed torch's own random numbers in a `with` block, after which the caller's go on."""
-    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
-        torch.manual_seed(seed)
-        yield
 
 
 # ---------------------------------------------------------------------------------- its network
@@ -105,23 +87,21 @@ def new_network(cfg, size, channels, classes):
     """Return a new network for images of this size: channels double from level to level, up to four
     times the first level's, and there is attention at the lowest."""
     levels = cfg.levels or default_levels(size)
-    compact = CONFIGS["compact" if cfg.kind == "ddpm++" else "compact-ve"]
-    return EDMPrecond(**compact | dict(
-        resolution=size, channels=channels, label_dim=classes, dropout=cfg.dropout,
-        model_channels=cfg.width, channel_mult=[min(2 ** i, 4) for i in range(levels)],
-        num_blocks=cfg.depth, attn_resolutions=[size >> levels - 1]))
+    return EDMPrecond(**CONFIGS["compact"] | dict(
+        resolution=size, channels=channels, label_dim=classes, model_channels=cfg.width,
+        channel_mult=[min(2 ** i, 4) for i in range(levels)], num_blocks=cfg.depth,
+        attn_resolutions=[size >> levels - 1]))
 
 
-def further_network(cfg, classes):
+def further_network(cfg, shape, classes):
     """Return a copy of the network in the file cfg.init. One without classes gets them: the new
     layer is 0, so that they have no effect at first."""
-    old = load_teacher(cfg.init)
-    if old.sigma_init:
-        raise ValueError(f"--init: {cfg.init} is a student")
-    if old.label_dim not in (0, classes):
-        raise ValueError(f"--init: {cfg.init} has {old.label_dim} classes, {cfg.data} {classes}")
+    old = load_guided(cfg.init, guide="none")
+    if image_shape(old) != shape or old.label_dim not in (0, classes):
+        raise ValueError(f"--init: {cfg.init} is for {old.label_dim or 'no'} classes of images of "
+                         f"{image_shape(old)}, but {cfg.data} has {classes or 'no'} of {shape}")
     state = old.state_dict()
-    net = network(state, old.record, dropout=cfg.dropout, label_dim=classes)
+    net = network(state, old.record, dropout=0.0, label_dim=classes)
     new = {k: torch.zeros_like(v) for k, v in net.state_dict().items() if k not in state}
     net.load_state_dict(state | new)
     return net
@@ -137,7 +117,7 @@ class Trainer:
     alone it was 0.217 (results/teacher.jsonl, one seed).
 
     images: uint8 (n, C, H, W). labels: int64 (n,), or None; there are as many classes as the
-    highest label says. Raises ValueError for images and labels that don't fit the network.
+    highest label says. Raises ValueError for images that don't fit the network.
     """
 
     def __init__(self, cfg, images, labels=None):
@@ -145,20 +125,13 @@ class Trainer:
         if height != width:
             raise ValueError(f"{cfg.data}: images of {width} x {height} pixels: --size "
                              f"{min(width, height)} takes their middle squares")
-        classes = 0
-        if cfg.labels and labels is not None:
-            classes = int(labels.max()) + 1
-            check_labels(labels, len(images), classes, cfg.data)
-        if cfg.label_dropout and not classes:
-            raise ValueError(f"--label-dropout: no labels are learned from {cfg.data}")
+        classes = int(labels.max()) + 1 if cfg.labels and labels is not None else 0
         self.cfg, self.images = cfg, images.to(cfg.device)
         self.labels = labels.to(cfg.device) if classes else None
-        with seeded(cfg.seed, cfg.device):
-            net = (further_network(cfg, classes) if cfg.init else
+        with torch.random.fork_rng(devices=[]):     # the caller's random numbers stay as they are
+            torch.default_generator.manual_seed(cfg.seed)
+            net = (further_network(cfg, tuple(images.shape[1:]), classes) if cfg.init else
                    new_network(cfg, height, channels, classes))
-        if image_shape(net) != tuple(images.shape[1:]):
-            raise ValueError(f"--init: {cfg.init} is for images of {image_shape(net)}, not of "
-                             f"{tuple(images.shape[1:])} as in {cfg.data}")
         self.net = net.to(cfg.device).train()
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         vectors = [p for p in self.net.parameters() if p.ndim == 1]
@@ -169,7 +142,7 @@ class Trainer:
         # moves a view, the network moves.
         self.flat = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]
         self.muon = torch.optim.Muon(self.flat, cfg.lr, weight_decay=0.0)
-        self.adam = torch.optim.Adam(vectors, cfg.lr_vectors, betas=(0.9, 0.99), fused=True)
+        self.adam = torch.optim.Adam(vectors, ADAM_LR, betas=(0.9, 0.99), fused=True)
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         self.seen, self.loss = 0, math.nan
 
@@ -180,7 +153,7 @@ class Trainer:
         how = dict(generator=self.generator, device=self.images.device)
         index = torch.randint(len(self.images), (n,), **how)
         flip = torch.rand(n, 1, 1, 1, **how) < 0.5
-        sigma = (self.cfg.p_mean + self.cfg.p_std * torch.randn(n, 1, 1, 1, **how)).exp()
+        sigma = (-1.2 + 1.2 * torch.randn(n, 1, 1, 1, **how)).exp()         # EDM, Table 1
         x0 = self.images[index].float() / 127.5 - 1
         if self.cfg.flip:
             x0 = torch.where(flip, x0.flip(3), x0)
@@ -192,19 +165,18 @@ class Trainer:
 
     def rate(self):
         """Return the learning rates after self.seen images, as a fraction of their highest."""
-        cfg, kimg = self.cfg, self.seen / 1e3
-        rate = min(1.0, kimg / cfg.warmup_kimg) if cfg.warmup_kimg else 1.0
-        rate *= max(1.0, kimg / cfg.ref_kimg) ** -0.5
-        if cfg.decay:
-            rate *= min(1.0, max(0.0, cfg.kimg - kimg) / cfg.decay)
+        kimg = self.seen / 1e3
+        rate = min(1.0, kimg / 25)                          # a warm-up of 25,000 images,
+        rate *= max(1.0, kimg / 400) ** -0.5                # a fall as 1/sqrt from 400,000 on,
+        if self.cfg.decay:                                  # and one to 0 at the end
+            rate *= min(1.0, max(0.0, self.cfg.kimg - kimg) / self.cfg.decay)
         return rate
 
     def step(self):
         """Learn from a batch. Returns its loss; raises FloatingPointError if that is not finite."""
         cfg = self.cfg
         x0, sigma, noise, c = self.batch()
-        with (seeded(cfg.seed + self.seen, cfg.device),     # dropout's: the same in a resumed run
-              torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.amp == "bf16")):
+        with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.amp == "bf16"):
             D_x = self.net(x0 + sigma * noise, sigma, c)
         losses = edm_loss(D_x, x0, sigma, self.net.sigma_data)              # (n,)
         loop.check_finite(f"after {self.seen} images", sigma, loss=losses)
@@ -213,11 +185,12 @@ class Trainer:
         loss.backward()
         for flat, p in zip(self.flat, self.matrices):
             flat.grad = None if p.grad is None else p.grad.flatten(1)
-        for opt, lr in ((self.muon, cfg.lr), (self.adam, cfg.lr_vectors)):
+        for opt, lr in ((self.muon, cfg.lr), (self.adam, ADAM_LR)):
             opt.param_groups[0]["lr"] = lr * self.rate()
             opt.step()
         self.seen += cfg.batch
-        beta = half_life_to_beta(cfg.batch, min(1e3 * cfg.ema_kimg, 0.05 * self.seen))
+        # The average's half-life is 50,000 images, or 5 % of those seen so far.
+        beta = half_life_to_beta(cfg.batch, min(50e3, 0.05 * self.seen))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
         beta = half_life_to_beta(cfg.batch, 5e3)            # the loss shown: half-life 5 kimg
@@ -229,8 +202,8 @@ class Trainer:
         """Return what teacher.pt is: the averaged weights, and what they do not say themselves."""
         cfg, path = self.cfg, Path(self.cfg.data)
         record = dict(data=str(path.resolve()) if path.exists() else cfg.data,
-                      size=self.net.resolution, channels=self.net.channels, flip=cfg.flip,
-                      dropout=cfg.dropout, sigma_data=self.net.sigma_data)
+                      size=self.net.resolution, flip=cfg.flip, dropout=0.0,
+                      sigma_data=self.net.sigma_data)
         return {"config": asdict(cfg), "record": record, "seen": self.seen,
                 "ema": self.ema.state_dict()}
 
@@ -259,30 +232,21 @@ def train(cfg, out, resume=False):
         trainer = Trainer(cfg, *load_images(cfg.data, size=cfg.size or None))
         if resume:
             trainer.load(state, out / "checkpoint.pt")
-        say(trainer)
+        parameters = sum(p.numel() for p in trainer.net.parameters()) / 1e6
+        print(f"a network of {parameters:.2f} M parameters, {trainer.net.label_dim or 'no'} "
+              f"classes; on {cfg.device}, {torch.get_num_threads()} threads", file=sys.stderr)
 
         def evaluate(rows):
             if not trainer.seen:
                 return {}
-            if cfg.preview:
-                save_grid(sample(trainer.ema, cfg.preview), out / "samples.png",
-                          classes=trainer.net.label_dim)
+            save_grid(sample(trainer.ema, cfg.preview), out / "samples.png",
+                      classes=trainer.net.label_dim)
             return {"loss": trainer.loss}
 
         _, status = loop.train(trainer, cfg, out, evaluate, cfg.save_every, state)
         loop.save(trainer.weights(), out / "teacher.pt")
     print(f"{trainer.seen} images, loss {trainer.loss:.4f}: {out / 'teacher.pt'}")
     return status
-
-
-def say(trainer):
-    """Print what is trained, on what."""
-    net, where = trainer.net, trainer.cfg.device
-    if where == "cpu":
-        where = f"cpu, {torch.get_num_threads()} threads"
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    classes = f"{net.label_dim or 'no'} classes"
-    print(f"a network of {parameters:.2f} M parameters, {classes}; on {where}", file=sys.stderr)
 
 
 def main(argv):
