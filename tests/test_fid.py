@@ -95,12 +95,11 @@ def test_classifier_learns_two_colours_and_survives_its_file(tmp_path):
     net = read_net("compact", tmp_path / "c.pt")
     new = torch.cat([textures(9, 2) // 3, textures(9, 3) // 3 + 150])
     assert fid.extract(new, net)[1].argmax(1).tolist() == [0] * 9 + [1] * 9
-    for x, y, reason in ((images[:5], labels, "5 images"), (images, None, "needs a label")):
-        with pytest.raises(ValueError, match=reason):
-            train_classifier(x, y, batch=8)
+    with pytest.raises(ValueError, match="needs a label"):
+        train_classifier(images, None, batch=8)
 
 
-@pytest.mark.parametrize("size", [32, 64, 299, 512])
+@pytest.mark.parametrize("size", [32, 512])
 def test_clean_resize_is_pillows(size):
     image = textures(1, size=size)[0]
     expected = np.stack([np.asarray(Image.fromarray(c.astype(np.float32)).resize(
@@ -121,11 +120,9 @@ def test_tf_resize_is_bilinear_between_corners_without_half_pixels():
         close(y[..., i, j], expected, rtol=0, atol=1e-3)
 
 
-def test_grey_is_rgb_of_three_equal_channels_at_any_size(compact, inception):
+def test_grey_is_rgb_of_three_equal_channels_at_any_size(compact):
     x = textures(3, size=40)[:, :1, :28]
-    for net, how in ((compact, "clean"), (inception, "tf")):
-        grey, rgb = (fid.extract(images, net, how) for images in (x, x.expand(-1, 3, -1, -1)))
-        close(grey, rgb)
+    close(fid.extract(x, compact), fid.extract(x.expand(-1, 3, -1, -1), compact))
 
 
 def test_float_images_are_rounded_and_clipped_as_files_would_be(compact):
@@ -142,15 +139,6 @@ def test_floats_in_another_range_than_0_to_255_are_refused(compact, low):
         fid.measure(x, compact)
     x[3, 0, 0, 0] = 3
     assert fid.measure(x, compact).n == 4                   # a set that is nearly black
-
-
-def test_nan_in_features_names_the_image(compact, monkeypatch):
-    seen = lambda x: (x < 255).any((1, 2, 3)).float().view(-1, 1)           # noqa: E731
-    monkeypatch.setattr(compact, "forward", lambda x: (x.mean((2, 3)) / seen(x), x))
-    x = textures(5)
-    x[3] = 255
-    with pytest.raises(ValueError, match="image 3"):
-        fid.measure(x, compact, batch=2)
 
 
 # ------------------------------------------------------------------------------- Fréchet distance
@@ -178,14 +166,10 @@ def test_frechet_closed_forms():
     a, b = torch.rand(2, 16, dtype=double, generator=torch.Generator().manual_seed(0)) + 0.1
     expected = (a.sqrt() - b.sqrt()).square().sum().item()
     assert fid.frechet(mu, Q * a @ Q.T, mu, Q * b @ Q.T) == pytest.approx(expected, rel=1e-9)
-    one = lambda m, s: (np.array([m]), np.array([[s ** 2]]))    # noqa: E731
-    assert fid.frechet(*one(1, 2), *one(4, 7)) == pytest.approx(3 ** 2 + 5 ** 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_frechet_is_scipys_sqrtm(seed):
-    mu1, s1 = random_stats(64, seed)
-    mu2, s2 = random_stats(64, seed + 10)
+def test_frechet_is_scipys_sqrtm():
+    (mu1, s1), (mu2, s2) = random_stats(64, 0), random_stats(64, 10)
     root = np.trace(scipy.linalg.sqrtm((s1 @ s2).numpy())).real
     expected = (mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * root
     assert fid.frechet(mu1, s1, mu2, s2) == pytest.approx(expected.item(), rel=1e-8)
@@ -195,28 +179,17 @@ def test_frechet_is_scipys_sqrtm(seed):
 def test_frechet_of_singular_covariances():
     few, many = random_stats(64, 0, n=10), random_stats(64, 1)
     value = fid.frechet(*few, *many)
-    assert 0 < value < float("inf")
-    assert fid.frechet(*many, *few) == pytest.approx(value, rel=1e-6)
-    zero = torch.zeros(64, 64, dtype=double)
-    shift = few[0] - many[0]
+    assert value > 0 and fid.frechet(*many, *few) == pytest.approx(value, rel=1e-6)
+    zero, shift = torch.zeros(64, 64, dtype=double), few[0] - many[0]
     expected = shift.square().sum() + many[1].trace()
     assert fid.frechet(few[0], zero, *many) == pytest.approx(expected.item())
     for n in (10, 64, 65, 1000):
         same = random_stats(64, 3, n)
         assert abs(fid.frechet(*same, *same)) < 1e-6
-
-
-def test_frechet_refuses_other_widths_nan_and_what_is_no_covariance():
-    with pytest.raises(ValueError, match="64 and of 32"):
-        fid.frechet(*random_stats(64, 0), *random_stats(32, 0))
-    mu, sigma = random_stats(8, 0)
-    with pytest.raises(ValueError, match="not finite"):
-        fid.frechet(mu * float("nan"), sigma, mu, sigma)
-    for wrong in (-sigma, sigma - sigma.trace() / 8 * torch.eye(8)):
-        with pytest.raises(ValueError, match="eigenvalue -"):
-            fid.frechet(mu, sigma, mu, wrong)
-    few = random_stats(64, 0, n=10)[1].float()              # singular, and rounded
-    assert fid.frechet(torch.zeros(64), few, torch.zeros(64), few) < 1e-2 * few.trace()
+    rounded = few[1].float().double()                       # its negative eigenvalues are rounding
+    assert fid.frechet(many[0], rounded, many[0], rounded) < 1e-2 * rounded.trace()
+    with pytest.raises(ValueError, match="eigenvalue -"):
+        fid.frechet(*many, few[0], few[1] - few[1].trace() / 64 * torch.eye(64))
 
 
 def test_bias_is_what_more_images_take_away():
@@ -234,17 +207,12 @@ def test_bias_is_what_more_images_take_away():
 
 # -------------------------------------------------------------------------------- Inception Score
 
-def test_inception_score_of_one_hot_and_of_uniform():
-    one_hot = torch.eye(10).repeat(5000, 1) * 1e4
-    assert fid.inception_score(one_hot, splits=1) == pytest.approx((10, 0))
-    assert fid.inception_score(torch.zeros(500, 10)) == pytest.approx((1, 0))
-    assert fid.inception_score(one_hot[:3], splits=10) == pytest.approx((1, 0))
-
-
 @pytest.mark.parametrize("classes", [torch.arange(5000) // 500, torch.arange(5000) % 10])
 def test_inception_score_of_sets_sorted_by_class_and_with_classes_in_turn(classes):
-    mean, spread = fid.inception_score(torch.eye(10)[classes] * 1e4)
-    assert mean == pytest.approx(10, rel=0.02) and spread < 0.1
+    one_hot = torch.eye(10)[classes] * 1e4
+    assert fid.inception_score(one_hot, splits=1) == pytest.approx((10, 0))
+    assert fid.inception_score(one_hot)[0] == pytest.approx(10, rel=0.02)
+    assert fid.inception_score(one_hot[:1]) == pytest.approx((1, 0))        # less than one a split
 
 
 def test_inception_score_is_its_definition():
@@ -271,9 +239,9 @@ def brute_force(real, generated, k=3, k_coverage=5):
             "coverage": np.mean([gap(x, generated).min() <= s for x, s in zip(real, r5)])}
 
 
-@pytest.mark.parametrize("n, m, cells", [(60, 60, 2 ** 24), (50, 83, 7 * 50), (83, 50, 1)])
+@pytest.mark.parametrize("n, m, cells", [(60, 60, 2 ** 24), (50, 83, 7 * 50)])
 def test_precision_and_recall_are_brute_forces(n, m, cells, monkeypatch):
-    monkeypatch.setattr(fid, "CELLS", cells)            # parts of all, of 7 and of 1 row
+    monkeypatch.setattr(fid, "CELLS", cells)                        # parts of all, or of 7 rows
     real, generated = normal(n, 3) + 20, normal(m, 3, seed=1) * 0.7 + 20.5
     got = fid.precision_recall(real, generated)
     assert got == pytest.approx(brute_force(real, generated))
@@ -282,56 +250,28 @@ def test_precision_and_recall_are_brute_forces(n, m, cells, monkeypatch):
             == pytest.approx(brute_force(real, generated, 1, 2)))
 
 
-def test_a_collapsed_set_loses_recall_and_a_noisy_one_precision():
-    real, own = normal(500, 4), normal(500, 4, seed=1)
-    same, collapsed, noisy = (fid.variety(measured(own * scale), measured(real))
-                              for scale in (1, 0.2, 3))
-    assert same["precision"] > 0.8 and same["recall"] > 0.8
-    assert same["density"] == pytest.approx(1, abs=0.15) and same["coverage"] > 0.9
-    assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.2
-    assert collapsed["density"] > same["density"] and collapsed["coverage"] < 0.3
-    assert noisy["precision"] < 0.4 and noisy["recall"] > 0.8
-    assert noisy["density"] < 0.4 * same["density"]
-
-
 def test_copies_are_inside_and_no_sample_is_its_own_neighbour():
     real = normal(40, 256) * 100 + 1000                     # far from 0: distances round
-    same = fid.precision_recall(real, real)
-    assert same["precision"] == same["recall"] == same["coverage"] == 1
     assert fid.precision_recall(real, real.clone()) == pytest.approx(brute_force(real, real))
     many = normal(41, 257) * 100 + 1000                     # a size at which copies' distances
     copied = fid.precision_recall(many.repeat(6, 1), torch.cat([many, many[:7] + 50]))  # round
     assert copied["precision"] == pytest.approx(41 / 48) and copied["coverage"] == 1
-    thrice = real[:10].repeat(6, 1)                         # radius 0: copies only
-    copied = fid.precision_recall(thrice, torch.cat([real[:10], real[20:40]]))
-    assert copied["precision"] == pytest.approx(1 / 3) and copied["coverage"] == 1
-    assert copied["density"] == pytest.approx(10 * 6 / 5 / 30)
     one = fid.precision_recall(real, real[:1].repeat(40, 1))
     assert one["recall"] == pytest.approx(1 / 40) and one["precision"] == 1
 
 
-@pytest.mark.parametrize("std", [1e-2, 1e-4])
-def test_precision_and_recall_of_tight_clusters(std):
+def test_precision_and_recall_of_tight_clusters():
     """Balls much smaller than their distance from the centre."""
-    real, generated = (normal(200, 8, seed=s) * std + torch.tensor([1.0, -1.0]).repeat(100)[:, None]
+    real, generated = (normal(200, 8, seed=s) * 1e-4 + torch.tensor([1., -1.]).repeat(100)[:, None]
                        for s in (0, 1))
     got = fid.precision_recall(real, generated)
     assert got == pytest.approx(brute_force(real, generated)) and got["recall"] < 1
 
 
-@pytest.mark.parametrize("generated, k, reason", [
-    (normal(5, 4), 3, "the 5 generated"), (normal(9, 4), 9, "the 9 real"),
-    (normal(9, 5), 3, "4 and 5 features"), (normal(9, 4) / 0, 3, "not finite")])
-def test_precision_and_recall_of_bad_input(generated, k, reason):
-    with pytest.raises(ValueError, match=reason):
-        fid.precision_recall(normal(9, 4), generated, k)
-
-
 def test_variety_takes_equal_counts_whatever_the_order_of_the_larger_set():
-    real = normal(600, 4)
-    real[:, 0] += 20 * (torch.arange(600) % 6)                  # six classes take turns
-    generated = normal(100, 4, seed=1)
-    generated[:, 0] += 20 * (torch.arange(100) % 6)
+    real, generated = normal(600, 4), normal(100, 4, seed=1)
+    for x in (real, generated):
+        x[:, 0] += 20 * (torch.arange(len(x)) % 6)              # six classes take turns
     for order in (torch.arange(600), real[:, 0].argsort()):
         result = fid.variety(measured(generated), measured(real[order]))
         assert result["images"] == 100 and result["recall"] > 0.7 and result["coverage"] > 0.8
@@ -343,52 +283,36 @@ def test_variety_takes_equal_counts_whatever_the_order_of_the_larger_set():
 
 def test_measure_is_the_features_statistics_for_every_batch_size(compact):
     x = textures(101)
-    a, b = fid.measure(x, compact), fid.measure(x, compact, batch=7, splits=3)
+    a, b = fid.measure(x, compact), fid.measure(x, compact, batch=7)
     features, logits = fid.extract(x, compact)
     assert a.n == 101 and torch.equal(a.features, features) and a.features.dtype == torch.float32
     close((a.mu, a.sigma), fid.stats(features))
     assert a.score == fid.inception_score(logits)
-    assert b.score == pytest.approx(fid.inception_score(logits, 3), rel=1e-5)
     close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=1e-6)
 
 
 def test_measured_survives_its_file(tmp_path):
-    a = measured(normal(30, 8))
+    a = measured(normal(5001, 2))
     a.score = (2.5, 0.25)
-    fid.save(a, tmp_path / "a.npz", most=20)
+    fid.save(a, tmp_path / "a.npz")
     b = fid.load(tmp_path / "a.npz")
     close((a.mu, a.sigma), (b.mu, b.sigma), rtol=0, atol=0)
-    assert (b.n, *b.score, b.features.dtype, b.resize) == (30, 2.5, 0.25, torch.float32, None)
-    close(b.features, fid.shuffled(a.features)[:20].half().float(), rtol=0, atol=0)
-    assert fid.bias(b, a) is None                           # 20 features of 30 images
-    np.savez(tmp_path / "features.npz", features=a.features)
-    alone = fid.load(tmp_path / "features.npz")
-    assert alone.n == 30 and alone.score is None
-    close((alone.mu, alone.sigma), (a.mu, a.sigma), rtol=0, atol=0)
+    assert (b.n, *b.score, b.features.dtype, b.resize) == (5001, 2.5, 0.25, torch.float32, None)
+    close(b.features, fid.shuffled(a.features)[:5000].half().float(), rtol=0, atol=0)
+    assert fid.bias(b, a) is None                           # 5,000 features of 5,001 images
 
 
 def test_distortions_raise_fd_compact_step_by_step(compact):
-    """Noise, blur and fewer kinds of image: the teacher's own samples, ever more distorted."""
-    images = data.load_images(TOP / "pretrained/compact_teacher_samples.zip")[0][:800]
-    reference, own = fid.measure(images[1::2], compact), fid.measure(images[::2], compact)
-    x, kind = images[::2].float(), fid.extract(images[::2], compact)[1].argmax(1)
+    """Noise and blur: the teacher's own samples, ever more distorted."""
+    images = data.load_images(TOP / "pretrained/compact_teacher_samples.zip")[0][:600]
+    reference, x = fid.measure(images[1::2], compact), images[::2].float()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     blur = lambda k: torch.nn.functional.interpolate(               # noqa: E731
         torch.nn.functional.avg_pool2d(x, k), size=32, mode="bilinear")
-    ladders = {"noise": [x + 15 * noise, x + 60 * noise], "blur": [blur(2), blur(8)],
-               "classes": [x[kind < 5], x[kind < 2]]}
-    for name, steps in ladders.items():
-        sets = [own] + [fid.measure(step, compact) for step in steps]
+    for ladder in ([x, x + 15 * noise, x + 60 * noise], [x, blur(2), blur(8)]):
+        sets = [fid.measure(step, compact) for step in ladder]
         values = [fid.frechet(m.mu, m.sigma, reference.mu, reference.sigma) for m in sets]
-        assert values == sorted(values), f"{name}: {values}"
-        assert values[-1] > 5 * values[0]
-
-
-def test_shipped_classifier_and_statistics_fit(compact):
-    for source, n in (("cifar10", 50_000), (fid.PRETRAINED / "compact_teacher_compact.npz", 5000)):
-        shipped = fid.measure_source(source, compact)
-        assert shipped.n == n and shipped.mu.shape == (Classifier.width,) and shipped.score[0] > 4
-        assert torch.linalg.eigvalsh(shipped.sigma).min() > 0
+        assert values == sorted(values) and values[-1] > 5 * values[0], values
 
 
 def test_variance_of_a_set_that_varies_half_as_much():
@@ -414,26 +338,23 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, compact):
-    """The same 20 images, as images, as features, and as statistics."""
+    """The same 20 images, as images and as statistics without more."""
     root, images = tmp_path_factory.mktemp("sources"), textures(20)
     np.savez(root / "images.npz", images=images)
-    features = fid.extract(images, compact)[0]
-    mu, sigma = fid.stats(features)
+    mu, sigma = fid.stats(fid.extract(images, compact)[0])
     np.savez(root / "stats.npz", mu=mu, sigma=sigma)
-    np.savez(root / "features.npz", features=features)
     return root
 
 
 def test_a_set_against_itself_is_at_zero_without_bias(sources, run):
-    for name in ("images", "features"):
-        code, out, err = run(sources / f"{name}.npz", sources / "images.npz", "--json",
-                             "--batch", 7)
-        assert code == 0, err
-        result = json.loads(out)
-        assert result["value"] == result["bias"] == 0 and result["n"] == [20, 20]
-        assert result["variety"]["precision"] == result["variety"]["recall"] == 1
-        assert (result["is_mean"] is None) == (name == "features")
-    out = run(sources / "stats.npz", sources / "images.npz")[1]
+    images = sources / "images.npz"
+    code, out, err = run(images, images, "--json", "--save", sources / "saved.npz")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["value"] == result["bias"] == 0 and result["n"] == [20, 20]
+    assert result["variety"]["precision"] == result["variety"]["recall"] == 1
+    assert json.loads(run(sources / "saved.npz", images, "--json")[1])["value"] == 0
+    out = run(sources / "stats.npz", images)[1]
     assert out.startswith("FD-compact 0 to") and "bias" not in out and "need images" in out
 
 
@@ -446,14 +367,15 @@ def test_one_colour_gives_no_nan_in_json(sources, run, tmp_path):
 
 
 def test_it_says_against_what_of_how_many_images_and_how(sources, run, tmp_path):
-    code, out, err = run(sources / "images.npz", "--splits", 2)
-    assert code == 0 and "computing on cpu" in err
+    code, out, err = run(sources / "images.npz")
+    assert code == 0 and "computing on cpu" in err and "CIFAR-10 classifier's view" not in err
     assert "to cifar10: 20 images against 50,000 images, resize clean" in out
     assert "IS-compact" in out and "FID" not in out and "too few to say" in out
-    assert "images in each" not in out
-    assert "fewer than 10 images in each of 10 splits" in run(sources / "images.npz")[1]
-    saved = tmp_path / "s.npz"
-    run(sources / "features.npz", sources / "images.npz", "--save-reference", saved)
+    assert "fewer than 10 images in each of 10 splits" in out
+    saved, large = tmp_path / "s.npz", tmp_path / "large.npy"
+    np.save(large, textures(100, size=48))
+    code, out, err = run(large, sources / "images.npz", "--save-reference", saved)
+    assert "large.npy: FD-compact is a CIFAR-10 classifier's view" in err and "splits" not in out
     out = run(sources / "images.npz", saved, "-n", 7)[1]
     assert f"to {saved}: 7 images against 20" in out and "7 images each" in out
     result = json.loads(run(sources / "stats.npz", saved, "--json")[1])
@@ -472,12 +394,6 @@ def test_statistics_of_another_or_an_unsaid_resize_are_refused(sources, run, tmp
     code, _, err = run(images, edm, "--features", "inception")
     assert code == 2 and "EDM's statistics are of tf" in err and err.count("fid.py:") == 1
     assert fid.measure_source(edm, net, how="tf").n is None
-
-
-def test_images_of_another_kind_than_cifar10s_are_said_to_be(sources, run, tmp_path):
-    assert "CIFAR-10 classifier's view" not in run(sources / "images.npz")[2]
-    np.save(tmp_path / "large.npy", textures(9, size=48))
-    assert "large.npy: FD-compact is a CIFAR-10 classifier's view" in run(tmp_path / "large.npy")[2]
 
 
 def test_both_sets_are_looked_at_before_either_is_measured(sources, run, monkeypatch):
@@ -518,25 +434,19 @@ def test_training_the_classifier_does_not_touch_what_is_shipped(tmp_path, run, m
     close(reference.mu, fid.measure(images, net).mu)
 
 
-EYE = np.eye(128)
-
-
 @pytest.mark.parametrize("arrays, reason", [
     ({"mu": np.zeros(64), "sigma": np.eye(64)}, "64 features"), ({"mu": np.zeros(128)}, "sigma"),
-    ({"mu": np.zeros(128), "sigma": EYE * np.nan}, "not finite"),
-    ({"mu": np.zeros(128), "sigma": EYE - 2 * EYE[:1].T * EYE[:1]}, "eigenvalue -1"),
-    ({"features": np.zeros((1, 128))}, "at least 2")])
-def test_bad_statistics_are_one_line_each(arrays, reason, tmp_path, run):
+    ({"mu": np.zeros(128), "sigma": np.eye(128) * np.nan}, "not finite"),
+    ({"images": textures(1)}, "at least 2")])
+def test_bad_sets_are_one_line_each(arrays, reason, tmp_path, run):
     np.savez(tmp_path / "bad.npz", **arrays)
     code, out, err = run(tmp_path / "bad.npz")
-    assert code == 2 and reason in err and "bad.npz" in err and err.count("\n") == 1, err
+    assert code == 2 and reason in err and err.count("fid.py:") == 1, err
 
 
 @pytest.mark.parametrize("args, reason", [
-    ("images.npz -n 1", "images.npz: 1 image"), ("stats.npz -n 5", "-n takes"),
-    ("stats.npz --save a.txt", "a.txt: statistics are saved as .npz")])
-def test_what_can_not_be_measured_or_saved_is_one_line_each(args, reason, sources, run,
-                                                            monkeypatch):
+    ("stats.npz -n 5", "-n takes"), ("stats.npz --save a.txt", "a.txt: statistics are saved as")])
+def test_bad_options_are_one_line_each(args, reason, sources, run, monkeypatch):
     monkeypatch.chdir(sources)
     code, _, err = run(*args.split())
     assert code == 2 and reason in err and err.count("fid.py:") == 1, err
