@@ -271,6 +271,9 @@ def test_official_names_and_checksums(tmp_path, monkeypatch):
     assert [url.rsplit("/", 1)[1] for url, _ in asked] == \
         ["edm-cifar10-32x32-uncond-vp.pkl", "edm-imagenet-64x64-cond-adm.pkl"]
     assert asked[0][1].startswith("4d5dcc1f") and asked[1][1] == ""
+    (tmp_path / "a.pkl").write_bytes(official(compact())[:900_000])
+    with pytest.raises(ValueError, match="a.pkl: broken.*; delete it to download it again$"):
+        load_teacher("edm-imagenet-64x64-cond-adm")
 
 
 def test_other_forms_of_the_same_weights(tmp_path, monkeypatch, capsys):
