@@ -117,7 +117,7 @@ def flags(script):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_accepted(page):
-    assert page not in ("README.md", "course/exercises.md") or len(commands(page)) > 4
+    assert page not in ("README.md", "course/exercises.md") or len(commands(page)) > 3
     for command in commands(page):
         script, _, rest = command.partition(".py")
         if script in SCRIPTS and script != "bregman":           # the examples' have their own tests
@@ -255,7 +255,7 @@ def test_every_table_of_numbers_has_its_source():
 
 def test_the_bare_commands_number():
     """What README's first command should give is what it gave."""
-    run, = experiments.all_rows()["shipped"]["kl"]
+    run, = [run for run in experiments.all_rows()["bare"]["kl"] if run["seed"] == 0]
     for row in (run["log"][0], run["log"][-1]):
         assert f"{row['to_teacher']:.2f}" in TEXT["README.md"]
 
