@@ -147,8 +147,6 @@ GROUPS = {
     "kernel": Group("kernels in place of networks", TOY, {k: v for k, (_, v) in KERNEL.items()},
                     PLANE, labels={k: v for k, (v, _) in KERNEL.items()}),
     "fake_updates": Group("updates of the fake score for one", TOY, UPDATES, PLANE),
-    "shipped": Group("the student that ships", CIFAR, {"kl": "--h kl"}, TEMPERED, UNCONDITIONAL,
-                     seeds=1),
     "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR,
                   THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                   f"{CONDITIONAL} --kimg 16 --eval-every 2"),
@@ -184,6 +182,7 @@ GROUPS = {
 COPIES = {      # file in figures/ -> the run that draws it, by group and row, and its name there
     "toy2d_kl.png": ("every_h", "kl", "picture.png"),
     "toy2d_sba_5.png": ("every_h", "sba_5", "picture.png"),
+    "cifar.png": ("bare", "kl", "samples.png"),
     "cifar_kl.png": ("images", "kl", "samples.png"),
     "cifar_sba_5.png": ("images", "sba_5", "samples.png"),
 }
