@@ -314,11 +314,11 @@ def test_cifar10s_pickles_run_no_code_and_no_batch_may_be_missing(tmp_path):
 # ---------------------------------------------------------------------- memory and large sets
 
 def test_a_set_is_in_memory_once(tmp_path, monkeypatch):
-    blob = png(PIXELS[0].repeat(4, 0).repeat(4, 1))                 # 32 x 32
-    path = write(tmp_path / "set", {f"{i % 10}/{i}.png": blob for i in range(1000)})
+    blob = png(PIXELS[0].repeat(16, 0).repeat(16, 1))               # 128 x 128
+    path = write(tmp_path / "set", {f"{i % 10}/{i}.png": blob for i in range(400)})
     tracemalloc.start()
     pixels = load_images(path)[0]
-    assert tracemalloc.get_traced_memory()[1] < 1.5 * pixels.nbytes     # 3 MB, and the names
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * pixels.nbytes     # 20 MB
     np.save(tmp_path / "a.npy", pixels.permute(0, 2, 3, 1).numpy())
     monkeypatch.setattr(data, "MAPPED", pixels.nbytes)              # large: mapped as it is
     tracemalloc.reset_peak()
