@@ -29,8 +29,6 @@ _NCSNPP = dict(embedding_type="fourier", encoder_type="residual",
                channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
 _CIFAR10 = dict(model_channels=128, channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9,
                 num_blocks=4, attn_resolutions=[16])
-_FACES = dict(resolution=64, model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.05,
-              augment_dim=9, num_blocks=4, attn_resolutions=[16])
 _COMPACT = dict(model_channels=16, channel_mult=[1, 2, 4], dropout=0.0, augment_dim=0,
                 num_blocks=1, attn_resolutions=[8])
 
@@ -41,7 +39,6 @@ CONFIGS = {         # FID as EDM's Table 2 has it, by Heun with 35 evaluations; 
     "uncond-vp": _DDPMPP | _CIFAR10,                            # 55.7 M, 42 GFLOP, FID 1.97
     "uncond-ve": _NCSNPP | _CIFAR10,                            # 56.4 M
     "cond-vp": _DDPMPP | _CIFAR10 | dict(label_dim=10),         # 55.7 M, FID 1.79
-    "uncond64-vp": _DDPMPP | _FACES,        # 61.8 M: EDM's for FFHQ and AFHQv2 at 64 x 64
 }
 
 
@@ -232,7 +229,12 @@ def decoder(levels, skips, num_blocks, attn_resolutions, block, attend_in_each=F
 
 
 class UNet(nn.Module):
-    """F(x, c_noise) of EDM's Eq. (7); see EDMPrecond for the arguments."""
+    """F(x, c_noise) of EDM's Eq. (7).
+
+    embedding_type: "positional" or "fourier". encoder_type: "standard" or "residual".
+    resample_filter: its taps. channel_mult: one for each level. num_blocks: per level.
+    attn_resolutions: pixels a side. augment_dim: 0 for no layer for augmentations.
+    """
 
     def __init__(self, resolution, channels, label_dim, *, embedding_type, encoder_type,
                  channel_mult_noise, resample_filter, model_channels, channel_mult, num_blocks,
@@ -302,14 +304,17 @@ class UNet(nn.Module):
 class Denoiser(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), EDM Eq. (7) and Table 1.
 
-    model: F, a U-Net in two halves: embed(c_noise, c), encode(x, emb, run), decode(skips, emb, run)
-    as UNet has them. sigma_data: the standard deviation of the pixels.
+    resolution: pixels a side, which the levels must halve to a whole number (ValueError). channels:
+    1 for grey images, 3 for RGB. label_dim: number of classes, 0 for an unconditional network.
+    sigma_data: the standard deviation of the pixels. config: the other keywords of the U-Net.
     """
+    unet = None         # the class of F: it has embed, encode and decode, as UNet above
     gradient_checkpointing = False      # True: less memory in training, and a forward pass more
 
-    def __init__(self, model, resolution, channels, label_dim, sigma_data):
+    def __init__(self, resolution=32, channels=3, label_dim=0, sigma_data=0.5, **config):
         super().__init__()
-        self.model, self.resolution, self.channels = model, resolution, channels
+        self.model = self.unet(resolution, channels, label_dim, **config)
+        self.resolution, self.channels = resolution, channels
         self.label_dim, self.sigma_data = label_dim, sigma_data
 
     def _run(self, block, x, emb):
@@ -352,33 +357,23 @@ class Denoiser(nn.Module):
 
 
 class EDMPrecond(Denoiser):
-    """DDPM++ or NCSN++ as a denoiser.
-
-    resolution: pixels a side, which the levels must halve to a whole number (ValueError). channels:
-    1 for grey images, 3 for RGB. label_dim: number of classes, 0 for an unconditional network. The
-    other keywords are one of CONFIGS: embedding_type "positional" or "fourier", encoder_type
-    "standard" or "residual", channel_mult_noise, resample_filter (taps), model_channels,
-    channel_mult (one per level), num_blocks, attn_resolutions, dropout (0.13, as EDM's train.py),
-    augment_dim (0: no layer for augmentations).
-    """
-
-    def __init__(self, resolution=32, channels=3, label_dim=0, sigma_data=0.5, **config):
-        super().__init__(UNet(resolution, channels, label_dim, **config),
-                         resolution, channels, label_dim, sigma_data)
+    """DDPM++ or NCSN++ as a denoiser. The keywords beside Denoiser's are one of CONFIGS."""
+    unet = UNet
 
 
 # ---------------------------------------------------------------- which network has these tensors?
 
 def outline(state):
     """Return what the encoder's tensors say of a U-Net with EDM's names, DDPM++, NCSN++ or ADM: a
-    dictionary of keywords. Raises KeyError, with its name, for a tensor that is missing."""
+    dictionary of keywords. Raises ValueError, with its name, for a tensor that is missing."""
     shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = [re.match(r"model\.enc\.(\d+)x\1_(block\d+)?", name) for name in shape]
-    sizes = sorted({int(name[1]) for name in names if name}, reverse=True)      # 32, 16, 8
-    if not sizes:
-        raise KeyError("model.enc.32x32_conv.weight")
-    width, channels, _, _ = shape[f"model.enc.{sizes[0]}x{sizes[0]}_conv.weight"]
-    widths = [shape[f"model.enc.{size}x{size}_block0.conv0.weight"][0] for size in sizes]
+    sizes = sorted({int(name[1]) for name in names if name}, reverse=True) or [32]  # 32, 16, 8
+    try:
+        width, channels, _, _ = shape[f"model.enc.{sizes[0]}x{sizes[0]}_conv.weight"]
+        widths = [shape[f"model.enc.{size}x{size}_block0.conv0.weight"][0] for size in sizes]
+    except KeyError as e:
+        raise ValueError(f"not DDPM++, NCSN++ or ADM: no tensor is named {e.args[0]}") from None
     return dict(
         resolution=sizes[0], channels=channels, model_channels=width,
         label_dim=shape.get("model.map_label.weight", (0, 0))[1],
@@ -411,15 +406,12 @@ def configuration(state):
     """
     if "model.out_conv.weight" in state:
         raise ValueError("it looks like ADM, as EDM's imagenet-64x64: see examples/imagenet64")
-    try:
-        config = outline(state)
-        noise = state["model.map_layer0.weight"].shape[1] // config["model_channels"]
-    except KeyError as e:
-        raise ValueError(f"neither DDPM++ nor NCSN++: no tensor is named {e.args[0]}") from None
-    filters = [state[name].shape[-1] for name in state if name.endswith("resample_filter")]
+    config = outline(state)
+    taps = {state[name].shape[-1] for name in state if name.endswith("resample_filter")}
     config |= dict(
         embedding_type="fourier" if "model.map_noise.freqs" in state else "positional",
         encoder_type="residual" if any("aux_residual" in name for name in state) else "standard",
-        channel_mult_noise=noise, resample_filter=[1, 3, 3, 1] if 4 in filters else [1, 1])
+        channel_mult_noise=2 if "model.map_noise.freqs" in state else 1,
+        resample_filter=[1, 3, 3, 1] if 4 in taps else [1, 1])
     check_tensors(EDMPrecond, config, state)
     return config

@@ -130,21 +130,14 @@ class ADM(nn.Module):
 
 
 class ADMPrecond(Denoiser):
-    """ADM as a denoiser. resolution, channels, label_dim, sigma_data: as EDMPrecond's. The other
-    keywords are one of CONFIGS: model_channels, channel_mult (one per level), num_blocks,
-    attn_resolutions, dropout, augment_dim (0: no layer for augmentations)."""
-
-    def __init__(self, resolution=64, channels=3, label_dim=0, sigma_data=0.5, **config):
-        super().__init__(ADM(resolution, channels, label_dim, **config),
-                         resolution, channels, label_dim, sigma_data)
+    """ADM as a denoiser. The keywords beside Denoiser's are one of CONFIGS, or augment_dim (0: no
+    layer for augmentations)."""
+    unet = ADM
 
 
 def configuration(state):
     """Return the keywords of the ADMPrecond that has these tensors, all but dropout and sigma_data,
     which tensors don't say. Raises ValueError, which says what is wrong, if there is none."""
-    try:
-        config = outline(state)
-    except KeyError as e:
-        raise ValueError(f"not ADM: no tensor is named {e.args[0]}") from None
+    config = outline(state)
     check_tensors(ADMPrecond, config, state)
     return config

@@ -92,7 +92,7 @@ def test_which_network_has_these_tensors():
         assert configuration(dict(sorted(state.items()))) == expected   # in any order
         with pytest.raises(ValueError, match="ADM, as EDM's imagenet-64x64"):
             ncsnpp.configuration(state)
-    with pytest.raises(ValueError, match="not ADM: no tensor is named model.enc"):
+    with pytest.raises(ValueError, match="or ADM: no tensor is named model.enc"):
         configuration({"a": torch.ones(1)})
     ddpmpp = ncsnpp.EDMPrecond(**ncsnpp.CONFIGS["compact"]).state_dict()
     with pytest.raises(ValueError, match=r"block0.affine.weight is \(16, 64\), not \(32, 64\)"):
