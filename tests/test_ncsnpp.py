@@ -159,11 +159,14 @@ def test_channels_last_and_batch_size_change_nothing():
 
 
 def test_before_training_the_denoiser_is_c_skip_x():
-    torch.manual_seed(0)
+    net = EDMPrecond(**CONFIGS["compact"])
     x, sigma = inputs()
-    D_x = EDMPrecond(**CONFIGS["compact"])(x, sigma)
     c_skip = 0.25 / (sigma ** 2 + 0.25)             # the best linear guess for data of variance 1/4
-    close(D_x, c_skip[:, None, None, None] * x)
+    close(net(x, sigma), c_skip[:, None, None, None] * x)
+    h = torch.randn(2, 64, 8, 8)                    # blocks and attention add nothing yet
+    close(net.model.dec["8x8_in0"](h, torch.randn(2, 64)), h / 2)
+    bound = (6 / (9 * 3 + 9 * 16)) ** 0.5           # Glorot's, of weights that are uniform
+    assert 0.9 * bound < net.model.enc["32x32_conv"].weight.abs().max() <= bound
 
 
 @pytest.mark.parametrize("config", [
