@@ -309,7 +309,7 @@ def divergence_table():
     for h of several lambdas: which of them does the divergence itself prefer?"""
     from toy2d import mlp
     ring, student = plane.TARGETS["ring8"], torch.load(HERE / "fixtures/students.pt")["kl"]
-    eight = mlp(2, 2, student["config"]["width"], lambda: torch.nn.LeakyReLU(0.1))
+    eight = mlp(2, 2, student["config"]["width"], torch.nn.LeakyReLU(0.1))
     eight.load_state_dict(student["weights"])
     levels = torch.logspace(math.log10(0.02), math.log10(2), 13)
     log_r = [[[plane.log_ratios(G, ring, sigma, 500, g) for sigma in levels.tolist()]

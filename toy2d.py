@@ -10,6 +10,7 @@ classifier's log r is from the true one. It takes a minute on one core.
 
 Samples, numbers and a picture go to runs/toy2d_H. --help lists all options and their choices.
 """
+import copy
 import json
 import math
 import time
@@ -27,8 +28,7 @@ from tqdm import tqdm
 import bregman
 from plane import REWARDS, TARGETS, log_q, mode_statistics
 from plots import label, plane_run
-from plumbing.cli import (count, nonnegative, number, parser, positive, real, run_main, share,
-                          whole)
+from plumbing.cli import count, nonnegative, parser, positive, real, run_main, share, whole
 from plumbing.loop import atomic, check_finite, claim
 
 
@@ -36,10 +36,8 @@ from plumbing.loop import atomic, check_finite, claim
 
 def mlp(n_in, n_out, width, activation):
     """Return a network of three hidden layers: (n, n_in) to (n, n_out)."""
-    layers = [nn.Linear(n_in, width), activation()]
-    for _ in range(2):
-        layers += [nn.Linear(width, width), activation()]
-    return nn.Sequential(*layers, nn.Linear(width, n_out))
+    return nn.Sequential(nn.Linear(n_in, width), activation, nn.Linear(width, width), activation,
+                         nn.Linear(width, width), activation, nn.Linear(width, n_out))
 
 
 class FakeScore(nn.Module):
@@ -52,7 +50,7 @@ class FakeScore(nn.Module):
 
     def __init__(self, teacher, width):
         super().__init__()
-        self.teacher, self.net = teacher, mlp(3, 3, width, nn.SiLU)
+        self.teacher, self.net = teacher, mlp(3, 3, width, nn.SiLU())
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -80,14 +78,10 @@ class Config:
     width: count = 96           # of both networks, which have three hidden layers each
     lr_g: positive = 1e-3       # the generator's learning rate; both rates fall as a cosine
     lr_f: positive = 3e-3       # the learning rate of fake score and classifier
-    fake_updates: number(int, 1, 100, "a whole number from 1 to 100") = 1   # updates of fake score
-                                # and classifier for each of the generator
-    ema: share = 0.999          # decay of the average of the generator's weights, which is measured
-    sigma_init: positive = 1.4  # G(z) starts as the teacher's D(sigma_init z; sigma_init)
-    init_steps: count = 500     # of the regression that brings G there
+    fake_updates: count = 1     # updates of fake score and classifier for each of the generator
+    init_steps: count = 500     # of the regression that brings G to the teacher's denoiser
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest noise level
-    anneal: share = 0.25        # fraction of the run in which sigma_min falls from 0.5 to its value
     ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from
     clip: nonnegative = 5.0     # log r is kept within +-clip
     norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: before
@@ -105,11 +99,8 @@ class Config:
             raise ValueError(f"--lam is SBA's alone: add --h sba, this is {self.h}")
         if self.sigma_min >= self.sigma_max:
             raise ValueError("--sigma-min must be below --sigma-max")
-        two_stage, part = self.norm == "two-stage", self.part != "both"
-        if two_stage + part + bool(self.reward) > 1:
+        if (self.norm != "batch") + (self.part != "both") + (self.reward != "") > 1:
             raise ValueError("choose one of --norm two-stage, --part and --reward")
-        if (two_stage or part) and self.batch < 20:
-            raise ValueError("--norm two-stage and --part need a --batch of at least 20")
         if self.gan and self.ratio == "exact":
             raise ValueError("--gan needs the classifier, so --ratio classifier")
 
@@ -129,7 +120,7 @@ class Distiller:
             self.a = REWARDS[cfg.reward]
             self.target = self.teacher.tilt(self.a)
         self.G, self.fake = self.copy_weights()                                         # line 1
-        self.ema = [p.detach().clone() for p in self.G.parameters()]
+        self.ema = copy.deepcopy(self.G).requires_grad_(False)      # of averaged weights: measured
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
         self.log_w_mean = torch.zeros(16)   # log E[w | sigma], a running mean, for --part
@@ -172,7 +163,7 @@ class Distiller:
         else:
             gap = (D_fake - self.teacher(x_t, b.sigma)).detach() / b.sigma              # line 8
         if self.cfg.ratio == "exact":                           # the truth in line 9's place
-            log_r = self.exact_log_r(self.G, x_t.detach(), b.sigma, cells=32, splits=0)
+            log_r = self.exact_log_r(x_t.detach(), b.sigma, cells=32, splits=0)
         check_finite(f"step {self.updates + 1}", b.sigma, score_gap=gap, log_r=log_r)
         return gap, log_r
 
@@ -220,13 +211,13 @@ class Distiller:
     def copy_weights(self):
         """Return G and the fake network, both at the teacher: line 1.
 
-        A regression brings G to the teacher's denoiser at sigma_init. It is piecewise linear, so it
-        can tear the plane into modes.
+        A regression brings G(z) to the teacher's D(sigma z; sigma) at sigma = 1.4. G is piecewise
+        linear, so it can tear the plane into modes.
         """
         cfg = self.cfg
-        G = mlp(2, 2, cfg.width, lambda: nn.LeakyReLU(0.1))
+        G = mlp(2, 2, cfg.width, nn.LeakyReLU(0.1))
         opt = torch.optim.Adam(G.parameters(), fused=True)
-        sigma = torch.full((512, 1), cfg.sigma_init)
+        sigma = torch.full((512, 1), 1.4)
         for i in range(cfg.init_steps):
             opt.param_groups[0]["lr"] = 2e-3 * (1 - i / cfg.init_steps)
             z = self.normal(512)
@@ -248,10 +239,11 @@ class Distiller:
     def noise_levels(self, n):
         """Return log-uniform noise levels, (n, 1), one in each of n equal steps of ln sigma.
 
-        They rise, and weights() counts on that: if you draw them at random, sort them.
+        The lowest falls from 0.5 to sigma_min in the first quarter of the run. They rise, and
+        weights() counts on that: if you draw them at random, sort them.
         """
         cfg = self.cfg
-        left = max(0.0, 1 - self.updates / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
+        left = max(0.0, 1 - self.updates / (0.25 * cfg.steps))      # of that quarter
         high = max(cfg.sigma_min, min(0.5, cfg.sigma_max))
         low = cfg.sigma_min * (high / cfg.sigma_min) ** left        # falls from high to sigma_min
         u = (torch.arange(n)[:, None] + torch.rand(n, 1, generator=self.generator)) / n
@@ -287,22 +279,16 @@ class Distiller:
     def average_weights(self):
         """Move the average towards G, over the last tenth of the run so far at first."""
         self.updates += 1
-        beta = min(self.cfg.ema, 1 - 1 / (1 + self.updates / 10))
-        torch._foreach_lerp_(self.ema, list(self.G.parameters()), 1 - beta)
+        beta = min(0.999, 1 - 1 / (1 + self.updates / 10))
+        torch._foreach_lerp_([*self.ema.parameters()], [*self.G.parameters()], 1 - beta)
 
-    def averaged(self, z):
-        """Return the samples of latents z, (n, 2), by the student of averaged weights."""
-        names = [name for name, _ in self.G.named_parameters()]
-        return torch.func.functional_call(self.G, dict(zip(names, self.ema)), (z,))
-
-    @torch.no_grad()
     def samples(self, n):
         """Return n samples of the averaged student, (n, 2)."""
-        return self.averaged(self.normal(n))
+        return self.ema(self.normal(n))
 
-    def exact_log_r(self, G, x_t, sigma, cells=128, splits=2):
-        """Return the true log q_sigma / p_sigma at x_t, (n, 1), of a student G."""
-        return (log_q(G, x_t, sigma, cells, splits) - self.teacher.log_p(x_t, sigma))[:, None]
+    def exact_log_r(self, x_t, sigma, cells=128, splits=2):
+        """Return the true log q_sigma / p_sigma at x_t, (n, 1)."""
+        return (log_q(self.G, x_t, sigma, cells, splits) - self.teacher.log_p(x_t, sigma))[:, None]
 
     def needs_classifier(self):
         """Return whether the update uses the classifier at all."""
@@ -320,8 +306,8 @@ def compare_ratios(d, sigma, n):
     """
     sigma = torch.full((n, 1), float(sigma))
     x_t = d.G(d.normal(n)) + sigma * d.normal(n)
-    exact, learned = d.exact_log_r(d.G, x_t, sigma), -d.fake(x_t, sigma)[1]
-    coarse = d.exact_log_r(d.G, x_t, sigma, cells=64)
+    exact, learned = d.exact_log_r(x_t, sigma), -d.fake(x_t, sigma)[1]
+    coarse = d.exact_log_r(x_t, sigma, cells=64)
     return exact[:, 0], learned[:, 0], (exact - coarse)[:, 0]
 
 
@@ -334,7 +320,7 @@ def measure(d):
     for key, x, sign in (("kl_pq", d.target.sample(1000, d.generator), 1),
                          ("kl_qp", d.samples(1000), -1)):
         x_t = x + sigma * d.normal(1000)
-        gap = d.target.log_p(x_t, sigma) - log_q(d.averaged, x_t, sigma)
+        gap = d.target.log_p(x_t, sigma) - log_q(d.ema, x_t, sigma)
         result[key] = float(sign * gap.mean())
     of_classifier, of_cells = {}, {}
     for sigma in np.geomspace(d.cfg.sigma_min, d.cfg.sigma_max, 8):
@@ -353,32 +339,29 @@ def measure(d):
 FRAME_SIGMAS = (0.05, 0.3, 1.5)         # noise levels at which a frame keeps log r
 
 
-@torch.no_grad()
 def frame(d, z, noise):
-    """Return samples of the averaged student, (points, 2), for fixed latents z (points, 2), and log
-    r as training has it at FRAME_SIGMAS, (3, points), both in float16."""
+    """Return samples of the averaged student for fixed latents z, (n, 2), and log r as training has
+    it at FRAME_SIGMAS, (3, n), both in float16."""
     log_r = []
     for sigma in FRAME_SIGMAS:
-        sigma = torch.full_like(z[:, :1], sigma)
-        x_t = d.G(z) + sigma * noise
-        log_r.append(d.exact_log_r(d.G, x_t, sigma, cells=32, splits=0)
-                     if d.cfg.ratio == "exact" else -d.fake(x_t, sigma)[1])
-    return d.averaged(z).half().numpy(), torch.cat(log_r, 1).T.half().numpy()
+        b = SimpleNamespace(sigma=torch.full_like(z[:, :1], sigma))
+        x_t = d.G(z).detach() + b.sigma * noise
+        log_r.append(d.scores_and_ratio(x_t, b)[1].detach())
+    return d.ema(z).half().numpy(), torch.cat(log_r, 1).T.half().numpy()
 
 
-def distil(cfg, frames=24, points=200, bar=True):
-    """Run cfg.steps steps of Algorithm 1, with a progress bar or without.
+def distil(cfg):
+    """Run Algorithm 1. Return the Distiller, the result, log r as training had it, (N,), and up to
+    24 frames of 200 samples: step (F,), x (F, 200, 2) and log_r (F, 3, 200).
 
-    Return the Distiller, the result, log r as training had it, (N,), and a dictionary of `frames`
-    frames: step (F,), x (F, points, 2) and log_r (F, 3, points). Raises FloatingPointError, naming
-    step and noise level, for what is no longer finite.
+    Raises FloatingPointError, naming step and noise level, for what is no longer finite.
     """
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    shots = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, frames).round(6)
+    shots = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)
     shots, film = np.unique(np.ceil(shots).astype(int)), []             # steps that have a frame
-    z, noise = torch.randn(2, points, 2, generator=torch.Generator().manual_seed(cfg.seed))
-    progress = tqdm(range(1, cfg.steps + 1), disable=not bar, unit="step")
+    z, noise = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(cfg.seed))
+    progress = tqdm(range(1, cfg.steps + 1), unit="step")
     for i in progress:
         d.step()
         if i % every == 0:
@@ -411,18 +394,6 @@ def write(folder, d, result, seen, frames):
         tmp.write_text(json.dumps(result, allow_nan=False) + "\n")
 
 
-def tell(result, folder):
-    """Print a run's numbers."""
-    errors = result["log_r_error_by_sigma"].items()
-    if errors:
-        print("the classifier's root-mean-square error in log r: "
-              + ", ".join(f"{error:.2g} at sigma {sigma}" for sigma, error in errors))
-    print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
-          f"on a mode {result['on_mode']:.3f}, KL(p|q) {result['kl_pq']:.3f}, "
-          f"KL(q|p) {result['kl_qp']:.3f}, {result['seconds']:.0f} s")
-    print(f"{folder}/picture.png: red where samples are, blue where they should be")
-
-
 def parse(argv):
     """Return the Config and the output folder that a command line asks for."""
     p = parser("toy2d.py", __doc__, Config)
@@ -436,10 +407,16 @@ def main(argv):
     cfg, out = parse(argv)
     torch.set_num_threads(1)                # the matrices are small: a second thread only waits
     torch.set_flush_denormal(True)
-    with claim(out) as folder:              # before the training, in case one can't write there
+    with claim(out):                        # before the training, in case one can't write there
         d, result, seen, frames = distil(cfg)
-        write(folder, d, result, seen, frames)
-    tell(result, folder)
+        write(out, d, result, seen, frames)
+    if errors := result["log_r_error_by_sigma"].items():
+        print("the classifier's root-mean-square error in log r: "
+              + ", ".join(f"{error:.2g} at sigma {sigma}" for sigma, error in errors))
+    print(f"{result['modes_covered']} of {result['modes']} modes, TV {result['mode_tv']:.3f}, "
+          f"on a mode {result['on_mode']:.3f}, KL(p|q) {result['kl_pq']:.3f}, "
+          f"KL(q|p) {result['kl_qp']:.3f}, {result['seconds']:.0f} s")
+    print(f"{out}/picture.png: red where samples are, blue where they should be")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def noised(G, sigma, n, seed):
 
 
 def rebuild(student):
-    G = mlp(2, 2, student["config"]["width"], functools.partial(nn.LeakyReLU, 0.1))
+    G = mlp(2, 2, student["config"]["width"], nn.LeakyReLU(0.1))
     G.load_state_dict(student["weights"])           # float16 to float32 is exact
     return G
 
@@ -69,7 +69,7 @@ def make():
     for h in ("kl", "be"):
         cfg = Config(h=h, seed=0)
         d, result, *_ = distil(cfg)
-        weights = {k: v.half() for k, v in zip(d.G.state_dict(), d.ema)}
+        weights = {k: v.half() for k, v in d.ema.state_dict().items()}
         students[h] = with_truth(dict(config=asdict(cfg), weights=weights))
         torch.save(students, FIXTURE)
         print(h, {k: result[k] for k in ("modes_covered", "mode_tv", "on_mode")}, flush=True)
