@@ -4,10 +4,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
-import tarfile
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +33,14 @@ def images(*names):
 
 
 def write(path, files):
-    """Write `files`, name to bytes, as a folder, .zip or .tar.*; return its path."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as z:
-            for name, blob in files.items():
-                z.writestr(name, blob)
-    elif ".tar" in path.name:
-        with tarfile.open(path, "w:gz") as t:
-            for name, blob in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(blob)
-                t.addfile(info, io.BytesIO(blob))
-    else:
-        for name, blob in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(blob)
+    """Write `files`, name to bytes, as a folder, .zip or .tar.gz; return its path."""
+    name, _, ending = path.name.partition(".")
+    folder = path.with_name(f"in {name}") if ending else path
+    for file, blob in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(blob)
+    if ending:
+        shutil.make_archive(path.with_name(name), "zip" if ending == "zip" else "gztar", folder)
     return path
 
 
