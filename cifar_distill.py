@@ -1,6 +1,6 @@
 """Algorithm 1 on images: a diffusion teacher distilled into a one-step generator.
 
-    python cifar_distill.py                             # five minutes: FD-compact 13.09 to 0.85
+    python cifar_distill.py                             # five minutes: FD-compact 14.07 to 0.62
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --teacher runs/mine/teacher.pt      # a teacher of train_teacher.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
@@ -37,6 +37,8 @@ SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 
 
 @dataclass
 class Config:
+    """The options of a run. A field's type says which values it takes, and the comment beside it
+    is its help."""
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
     teacher: str = "pretrained/compact_teacher_cond.pt"     # a file of weights, or an official name
@@ -70,13 +72,15 @@ class Config:
     p_mean: real = -0.6         # the fake score network's: ln sigma is normal with this mean
     p_std: positive = 1.6       # and this standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights of mean one; level: and
-                                # log r less its running mean at its noise level; two-stage: and 1/r
-                                # of mean one there, as in f-distill
+    norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights have mean one; level:
+                                # before that log r is centred at its noise level, by a running
+                                # mean; two-stage: before that 1/r has mean one there, as in
+                                # f-distill
     part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
-    gan: nonnegative = 0.0      # w_GAN, the weight of the adversarial loss of an image, line 13
+    gan: nonnegative = 0.0      # w_GAN of line 13: the adversarial loss is a mean over images, and
+                                # line 11's over numbers
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none
@@ -154,7 +158,8 @@ class Distiller:
         self.seen = self.updates = 0            # images, updates of the generator
         self.sums = {}                          # of what was logged since the last row of log.csv
 
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)     # for small differences
+    # the update is a difference of two networks, small beside the rounding of TF32
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def step(self):
         """Take lines 3 to 22 once."""
         cfg, b = self.cfg, self.sample_batch()
@@ -166,10 +171,10 @@ class Distiller:
             gap, log_r = self.scores_and_ratio(x_t, b)                                  # lines 8, 9
             w = self.weights(log_r.detach())                                            # line 10
             direction = w * gap                                                         # Eq. (4)
-            if cfg.gan:     # -log D of an image, where the surrogate is a mean over numbers
+            if cfg.gan:     # -log D, a mean over images; the surrogate's is over all their numbers
                 push = self.gradient(F.softplus(log_r), x_t)
                 direction = direction + cfg.gan * x_t[0].numel() * push                 # line 13
-            surrogate = (x * direction).mean()          # its gradient in x is the direction
+            surrogate = (x * direction).mean()  # its gradient in x is the direction / x.numel()
             self.descend(self.opt_g, surrogate, "generator")                            # line 15
             self.average_weights()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake score network")   # 16 to 22
@@ -200,14 +205,15 @@ class Distiller:
         x_t.requires_grad_(bool(cfg.gan or cfg.teacher_free))
         with torch.set_grad_enabled(x_t.requires_grad), self.autocast():
             D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
-        log_r = -logits.mean((1, 2))[:, None, None, None]   # l = log p/q of an image   # line 9
+        # l estimates log p/q of the image at each place; their mean has less noise       # line 9
+        log_r = -logits.mean((1, 2))[:, None, None, None]
         if cfg.teacher_free:                                    # Eq. (37), its sign corrected
             gap = self.gradient(log_r, x_t) * b.sigma ** 2 / size
         else:
             with torch.no_grad(), self.autocast():
                 D_real = self.teacher(x_t.detach(), b.sigma, b.c)                       # line 8
             if cfg.w_t == "dmd":
-                x = x_t.detach() - b.sigma * b.noise
+                x = x_t.detach() - b.sigma * b.noise                # the generator's image again
                 size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
             gap = (D_fake - D_real).detach() / size
         check_finite(f"after {self.seen} images", b.sigma, score_gap=gap, log_r=log_r)
@@ -288,8 +294,11 @@ class Distiller:
     def sample_batch(self):
         """Return this process's share of a step's random numbers.
 
-        Noise levels are (n, 1, 1, 1). Those of line 7, sigma, rise through the batch, one in each
-        of `batch` equal steps of the grid; weights() counts on that.
+        z, noise, noise_f and real are (n, C, H, W), the noise levels sigma and sigma_f (n, 1, 1,
+        1), the labels c and c_real one-hot (n, label_dim) or None. sigma rises through the batch,
+        one in each of `batch` equal steps of the grid, so that every batch has every level and its
+        slices are bins of them; weights() counts on that. Labels are drawn evenly: where those of
+        the real images are not even, log r has the logarithm of their frequencies in it.
         """
         cfg, n = self.cfg, self.cfg.batch
         kind = dict(generator=self.generator, device=cfg.device)
@@ -322,7 +331,8 @@ class Distiller:
         return b
 
     def gradient(self, values, x_t):
-        """Return the gradient of the sum of `values` in x_t; small ones survive fp16."""
+        """Return the gradient of the sum of `values` in x_t, and keep its graph, since line 13 may
+        follow; SCALE, a power of two, changes no digit of it."""
         gradient, = torch.autograd.grad(SCALE * values.sum(), x_t, retain_graph=True)
         return gradient / SCALE
 
@@ -355,7 +365,8 @@ class Distiller:
             self.sums[name] = self.sums.get(name, 0) + now
 
     def averages(self):
-        """Return the means of what was logged since the last row, as numbers."""
+        """Return the means of what was logged since the last row of log.csv, which empties the
+        sums (plumbing.loop.train), as numbers."""
         return {k: (v[0] / v[1]).item() for k, v in self.sums.items()}
 
     def state(self):
@@ -381,8 +392,9 @@ class Distiller:
 def find_data(cfg, record):
     """Return what data.load_images takes for the classifier's real images, and their size or None.
 
-    record: what the teacher's file says of itself. Raises FileNotFoundError, which says what to
-    type, where the teacher has neither samples beside it nor a record of its images.
+    record: what the teacher's file says of itself. Raises ValueError where the samples beside it
+    were drawn with another guidance, and FileNotFoundError where there are none and no record of
+    the images that it was trained on; both say what to type.
     """
     if cfg.data != "own":
         return cfg.data, cfg.size or None

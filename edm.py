@@ -8,7 +8,8 @@ arXiv 2206.00364).
     python edm.py sample pretrained/compact_student.pt          # a student: one evaluation an image
     python edm.py sample bare.pt --sigma-init 2.5               # one whose file does not say so
 
-5,000 samples of the shipped teacher, guided, have FD-compact 2.1 to CIFAR-10 (results/fid.txt).
+5,000 samples of pretrained/compact_teacher.pt, guided, have FD-compact 2.1 to CIFAR-10
+(results/fid.txt).
 train_teacher.py trains a teacher, cifar_distill.py a student.
 """
 import math

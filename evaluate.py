@@ -43,7 +43,8 @@ def warning(rows):
     if not moved:
         return ""
     row, start, variance = moved[-1], rows[0]["to_data"], max(row["variance"] for row in moved)
-    best, worst = (f(row["to_data"] for row in moved) for f in (min, max))
+    distances = [row["to_data"] for row in moved]
+    best, worst = min(distances), max(distances)
     if row["loss_score"] > STALE:           # healthy: about the teacher's own loss on images
         return (f"the fake score's loss is {row['loss_score']:.1f}: it does not follow the "
                 "student; try a higher --lr-f or a lower --lr-g")
@@ -56,7 +57,8 @@ def warning(rows):
                 "update; try --ess 0.9 or a smaller --lam")
     if drifts:
         return (f"the mean of log r is {row['log_r']:.1f}: the classifier tells the student's "
-                "samples from the teacher's; try a higher --t-max, a lower --lr-g, or detach x_t")
+                "samples from the teacher's; try a higher --t-max or a lower --lr-g, and in a loop of "
+                "your own detach x_t")
     if worst > start and row["to_data"] > start / 2:
         return (f"the student went farther from the data than it began, to {worst:.3g} from "
                 f"{start:.3g}: try a lower --lr-g")
@@ -71,7 +73,7 @@ def warning(rows):
 
 def usual_guidance(cfg):
     """Return whether the teacher is guided as it was for the samples beside its weights."""
-    default, names = type(cfg)(), ("guidance", "guide_low", "guide_high")
+    default, names = type(cfg), ("guidance", "guide_low", "guide_high")     # its fields' defaults
     young = beside(cfg.teacher, "own", "_young.pt")
     if not young or cfg.guide == "none":                # without a guide its numbers say nothing
         return not young and cfg.guide in ("own", "none")

@@ -141,7 +141,7 @@ class Block(nn.Module):
         self.norm1 = group_norm(cout)
         self.dropout = dropout
         self.conv1 = Conv2d(cout, cout, 3)
-        nn.init.zeros_(self.conv1.weight)                       # starts as the identity
+        nn.init.zeros_(self.conv1.weight)                       # starts as the skip alone
         self.skip = Conv2d(cin, cout, 1, resample, taps) if resample or cin != cout else None
         self.attention = attention
         if attention:
