@@ -320,7 +320,7 @@ def ring(films, path):
         ax.axvspan(0, 2, color="#f4e9e4")
         ax.plot(log_r, bregman.get(*hs[row]).weight(log_r), color=COLOUR[row], lw=4)
         ax.set(yscale="log", ylim=(3e-3, 3e3), xticks=[-1, 1], yticks=[1e-2, 1, 1e2],
-               xticklabels=["q < p", "q > p"])
+               xticklabels=["q < p", "q > p"], xlabel="log r")
         ax.set_title(label(row), color=COLOUR[row])
     top[0].set_ylabel("weight\nh''(r) r")
 
