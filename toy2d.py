@@ -82,6 +82,7 @@ class Config:
     init_steps: count = 500     # of the regression that brings G to the teacher's denoiser
     sigma_min: positive = 0.02  # the lowest noise level; they are log-uniform
     sigma_max: positive = 2.0   # the highest noise level
+    anneal: share = 0.25        # fraction of the run in which sigma_min falls from 0.5 to its value
     ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from
     clip: nonnegative = 5.0     # log r is kept within +-clip
     norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: before
@@ -239,11 +240,10 @@ class Distiller:
     def noise_levels(self, n):
         """Return log-uniform noise levels, (n, 1), one in each of n equal steps of ln sigma.
 
-        The lowest falls from 0.5 to sigma_min in the first quarter of the run. They rise, and
-        weights() counts on that: if you draw them at random, sort them.
+        They rise, and weights() counts on that: if you draw them at random, sort them.
         """
         cfg = self.cfg
-        left = max(0.0, 1 - self.updates / (0.25 * cfg.steps))      # of that quarter
+        left = max(0.0, 1 - self.updates / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
         high = max(cfg.sigma_min, min(0.5, cfg.sigma_max))
         low = cfg.sigma_min * (high / cfg.sigma_min) ** left        # falls from high to sigma_min
         u = (torch.arange(n)[:, None] + torch.rand(n, 1, generator=self.generator)) / n
@@ -339,14 +339,16 @@ def measure(d):
 FRAME_SIGMAS = (0.05, 0.3, 1.5)         # noise levels at which a frame keeps log r
 
 
+@torch.no_grad()
 def frame(d, z, noise):
     """Return samples of the averaged student for fixed latents z, (n, 2), and log r as training has
     it at FRAME_SIGMAS, (3, n), both in float16."""
     log_r = []
     for sigma in FRAME_SIGMAS:
-        b = SimpleNamespace(sigma=torch.full_like(z[:, :1], sigma))
-        x_t = d.G(z).detach() + b.sigma * noise
-        log_r.append(d.scores_and_ratio(x_t, b)[1].detach())
+        sigma = torch.full_like(z[:, :1], sigma)
+        x_t = d.G(z) + sigma * noise
+        log_r.append(d.exact_log_r(x_t, sigma, cells=32, splits=0)
+                     if d.cfg.ratio == "exact" else -d.fake(x_t, sigma)[1])
     return d.ema(z).half().numpy(), torch.cat(log_r, 1).T.half().numpy()
 
 

@@ -281,7 +281,7 @@ def test_every_option_runs_and_changes_the_student(options):
     assert d.ema(z).isfinite().all() and (d.ema(z) != plain.ema(z)).any()
 
 
-@pytest.mark.parametrize("options", [{}, dict(sigma_max=0.1), dict(sigma_min=0.6)])
+@pytest.mark.parametrize("options", [{}, dict(sigma_max=0.1), dict(sigma_min=0.6), dict(anneal=0)])
 def test_noise_levels_rise_within_their_range(options):
     d = Distiller(Config(**TINY | options))
     lowest = []
@@ -290,7 +290,7 @@ def test_noise_levels_rise_within_their_range(options):
         assert (sigma.diff() >= 0).all()
         assert d.cfg.sigma_min * 0.999 < sigma[0] and sigma[-1] < d.cfg.sigma_max * 1.001
         lowest.append(sigma[0].item())
-    if not options:                                 # the lowest comes down from 0.5
+    if not options:                                 # --anneal: sigma_min comes down from 0.5
         assert lowest[0] > 0.49 and lowest[0] > lowest[1] > lowest[2] and lowest[2] < 0.03
 
 
