@@ -269,7 +269,7 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "health": ("health", lambda rows: plots.curves(rows, plots.HEALTH, GROUPS["health"].labels)),
     "f_distill": ("f_distill", as_is_curves), "paper_rates": ("paper_rates", plots.curves),
     "paper_setting": ("paper_setting", as_is_curves), "paper_100": ("paper_100", as_is_curves),
-    "paper_parts": ("paper_parts", as_is_curves),
+    "paper_parts": ("paper_parts", as_is_curves), "settle": ("settle", as_is_curves),
 }
 
 

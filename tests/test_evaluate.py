@@ -239,7 +239,8 @@ SICK = {        # what its options hold -> what the last row's warning says
 
 def test_of_the_recorded_runs_the_sick_ones_are_warned_of_and_no_other():
     """Those of results/images.jsonl with the default settings: six were made sick by an option or
-    by an edit of the code; the healthy ones have no warning in any row."""
+    by an edit of the code; the others have no warning in any row, but for SBA 5 with the conditional
+    teacher, whose distance does rise with two seeds of three."""
     found = []
     for line in (HERE / "results/images.jsonl").read_text().splitlines():
         run = json.loads(line)
@@ -250,6 +251,8 @@ def test_of_the_recorded_runs_the_sick_ones_are_warned_of_and_no_other():
         if sick:
             found += sick
             assert sick[0] in said[-1], run["options"]
+        elif "--lam 5 --teacher pretrained/compact_teacher_cond.pt" in run["options"]:
+            assert all("the distance rises" in words for words in said if words)
         elif "--decay-kimg 0" not in run["options"]:            # the paper's setting may go astray
             assert not any(said), (run["options"], said)
     assert sorted(found) == sorted(SICK.values())
