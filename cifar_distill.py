@@ -422,7 +422,7 @@ def load_all(cfg):
         raise ValueError(f"{source}: images of {tuple(images.shape[1:])}, but the teacher's are "
                          f"{wanted}; --size {wanted[1]} cuts and resizes them")
     if teacher.label_dim:
-        check_labels(labels, len(images), teacher.label_dim, source)
+        check_labels(labels, teacher.label_dim, source)
         if (classes := int(labels.max()) + 1) != teacher.label_dim:
             raise ValueError(f"{source} has {classes} classes, but the teacher has "
                              f"{teacher.label_dim}")

@@ -56,7 +56,7 @@ def edm_loss(D_x, x0, sigma, sigma_data):
 
 def half_life_to_beta(images, half_life):
     """Return how much of a running average is kept after `images` more; half_life: in images."""
-    return 0.5 ** (images / max(half_life, 1e-8))
+    return 0.5 ** (images / half_life)
 
 
 def karras(t, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -119,7 +119,7 @@ def sample(net, n, steps=18, sigma_init=None, seed=0, batch=64, labels=None, pro
         labels = torch.arange(n) % net.label_dim
     c = None
     if labels is not None:
-        check_labels(labels, n, net.label_dim, "sample")
+        check_labels(labels, net.label_dim, "sample")
         c = F.one_hot(labels, net.label_dim).float().to(device)             # (n, label_dim)
     stream = torch.Generator().manual_seed(seed)
     images = torch.empty(n, *image_shape(net), dtype=torch.uint8)
@@ -135,14 +135,12 @@ def sample(net, n, steps=18, sigma_init=None, seed=0, batch=64, labels=None, pro
     return images
 
 
-def check_labels(labels, n, label_dim, source):
-    """Raise ValueError, naming `source`, unless labels are int64 (n,) in [0, label_dim)."""
+def check_labels(labels, label_dim, source):
+    """Raise ValueError, naming `source`, unless labels, int64 (n,) or None, are what a network of
+    label_dim classes takes."""
     if labels is None or not label_dim:
         raise ValueError(f"{source} has no labels, which the network needs" if label_dim else
                          f"{source} has labels, which an unconditional network does not take")
-    if labels.dtype != torch.int64 or labels.shape != (n,):
-        raise ValueError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}, not whole "
-                         f"numbers, one for each of {n} images")
     if labels.min() < 0 or labels.max() >= label_dim:
         raise ValueError(f"{source}: labels from {labels.min()} to {labels.max()}; the network "
                          f"knows 0 to {label_dim - 1}")
@@ -190,34 +188,25 @@ class Guided(nn.Module):
         return torch.where(inside, D_weak + self.guidance * (D_good - D_weak), D_good)
 
 
-def add_guide(good, teacher, guide="own", guidance=2.0, low=0.3, high=5.0):
-    """Return Guided, or `good` alone, which was loaded from `teacher`. See load_guided."""
-    weak = None
-    if guide != "self":
-        path = beside(teacher, guide, "_young.pt")
-        if path is None:
-            return good
-        weak = load_teacher(path)
-        if weak.sigma_init:
-            raise ValueError(f"{path} is a student, of one noise level: it can't guide at all")
-        if image_shape(weak) != image_shape(good):
-            raise ValueError(f"{teacher} is for images of {image_shape(good)}, its guide {path} "
-                             f"for {image_shape(weak)}")
-    return Guided(good, weak, guidance, low, high)
-
-
-def load_guided(teacher, guide="own", guidance=2.0, low=0.3, high=5.0):
+def load_guided(teacher, guide="own", guidance=2.0, low=0.3, high=5.0, good=None):
     """Return a teacher on the CPU, guided or not.
 
     teacher: what load_teacher takes. guide: weaker weights, likewise; "self": the teacher without
     its label; "none"; "own": TEACHER_young.pt, where there is one. guidance, low, high: see Guided.
-    Raises ValueError, also for the weights of a student, or OSError.
+    good: what load_teacher(teacher) returned, if it was called. Raises ValueError, also for the
+    weights of a student, or OSError.
     """
-    good = load_teacher(teacher)
-    if good.sigma_init:
-        raise ValueError(f"{teacher} is a student, of one noise level ({good.sigma_init:g}): a "
-                         "teacher is needed, which knows them all")
-    return add_guide(good, teacher, guide, guidance, low, high)
+    good = good or load_teacher(teacher)
+    path = None if guide == "self" else beside(teacher, guide, "_young.pt")
+    weak = load_teacher(path) if path else None
+    for name, net in ((teacher, good), (path, weak)):
+        if net and net.sigma_init:
+            raise ValueError(f"{name} is a student, of one noise level ({net.sigma_init:g}): a "
+                             "teacher is needed, which knows them all")
+    if weak and image_shape(weak) != image_shape(good):
+        raise ValueError(f"{teacher} is for images of {image_shape(good)}, its guide {path} for "
+                         f"{image_shape(weak)}")
+    return Guided(good, weak, guidance, low, high) if weak or guide == "self" else good
 
 
 # ----------------------------------------------------------------------------- weights from files
@@ -303,9 +292,6 @@ class SampleConfig:
     out: Path = Path("runs/samples.png")    # a grid, .png, or a set of images, .npz or .zip
 
 
-TEACHERS = ("steps", "guide", "guidance", "guide_low", "guide_high")        # a student has none
-
-
 def main(argv):
     p = parser("edm.py", "Draw images from a teacher or a student.", SampleConfig)
     p.add_argument("command", choices=["sample"])
@@ -321,12 +307,13 @@ def main(argv):
     loop.tune_cpu()
     net = load_teacher(weights)
     sigma_init = cfg.sigma_init or net.sigma_init
-    idle = ["--" + name.replace("_", "-") for name in TEACHERS if name in given]
+    teachers = ("steps", "guide", "guidance", "guide_low", "guide_high")
+    idle = ["--" + name.replace("_", "-") for name in teachers if name in given]
     if sigma_init and idle:
         raise ValueError(f"{weights} is drawn as a student, by one evaluation, in which "
                          f"{', '.join(idle)} would change nothing")
     if not sigma_init:
-        net = add_guide(net, weights, cfg.guide, cfg.guidance, cfg.guide_low, cfg.guide_high)
+        net = load_guided(weights, cfg.guide, cfg.guidance, cfg.guide_low, cfg.guide_high, net)
     net, start = net.to(cfg.device), time.monotonic()
     labels = torch.arange(n) % net.label_dim if net.label_dim else None         # they take turns
     images = sample(net, n, cfg.steps, sigma_init, cfg.seed, cfg.batch, labels, "images")

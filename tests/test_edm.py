@@ -19,7 +19,7 @@ from edm import (Guided, edm_loss, grid, heun, karras, load_guided, load_teacher
                  to_uint8)
 from ncsnpp import CONFIGS, EDMPrecond
 from plumbing.weights import read_file
-from test_ncsnpp import FIXTURE, compact, config_of, fill
+from test_ncsnpp import compact, config_of, fill
 
 HERE = Path(edm.__file__).parent
 close = torch.testing.assert_close
@@ -72,6 +72,7 @@ def test_a_student_takes_one_evaluation_from_one_stream_of_noise():
     z = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(7))
     assert torch.equal(images, to_uint8(0.25 / (0.25 + 2.5 ** 2) * 2.5 * z))
     close(heun(net, z.double(), (2.5, 0.0)), 0.25 / (0.25 + 2.5 ** 2) * 2.5 * z.double())
+    assert to_uint8(torch.tensor([-1.1, -1, 0.003, 1, 1.1])).tolist() == [0, 0, 128, 255, 255]
     net.sigma_init = 2.5                                    # as load_teacher sets it
     assert torch.equal(images, sample(net, 3, seed=7))
 
@@ -103,26 +104,25 @@ def test_loss_of_the_exact_denoiser():
 
 def test_sample_depends_on_the_seed_alone():
     net = compact()
-    images = sample(net, 5, steps=3, seed=7)
-    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
-    for batch in (1, 2):                                    # other batches round differently
-        for how in (dict(steps=3), dict(sigma_init=2.5)):
-            whole, other = (sample(net, 5, seed=7, batch=n, **how) for n in (64, batch))
-            assert (whole.int() - other.int()).abs().max() <= 1
-    assert not torch.equal(images, sample(net, 5, steps=3, seed=8))
+    for how in (dict(steps=3), dict(sigma_init=2.5)):
+        images, other, parts = (sample(net, 5, seed=seed, batch=n, **how)
+                                for seed, n in ((7, 64), (8, 64), (7, 2)))
+        assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
+        assert (images.int() - parts.int()).abs().max() <= 1        # which round differently
+        assert not torch.equal(images, other)
 
 
 def test_sample_of_a_conditional_network_takes_the_labels():
     net = grey()
     turns, labels = sample(net, 12, steps=1), torch.arange(12) % 10
     assert turns.shape == (12, 1, 28, 28)
-    assert torch.equal(turns, sample(net, 12, steps=1, labels=labels))
+    parts = sample(net, 12, steps=1, labels=labels, batch=5)
+    assert (turns.int() - parts.int()).abs().max() <= 1
     assert not torch.equal(turns, sample(net, 12, steps=1, labels=labels * 0))
-    for bad in (labels - 1, labels + 1, labels[:11], labels.float()):
-        with pytest.raises(ValueError, match="labels"):
-            sample(net, 12, steps=1, labels=bad)
-    with pytest.raises(ValueError, match="unconditional"):
-        sample(compact(), 12, steps=1, labels=labels)
+    for other, bad, message in ((net, labels - 1, "from -1"), (net, labels + 1, "0 to 9$"),
+                                (compact(), labels, "unconditional")):
+        with pytest.raises(ValueError, match=message):
+            sample(other, 12, steps=1, labels=bad)
 
 
 # ------------------------------------------------------------------------------------- guidance
@@ -152,33 +152,28 @@ def test_a_network_guided_by_itself_without_its_label():
     close(Guided(net, None, 3.0)(x, 0.5, c), 3 * D_good - 2 * D_weak)
 
 
-def test_networks_that_do_not_go_together():
-    plain, classes = compact(), compact("compact-cond")
-    for good, weak, low, message in ((plain, None, 0, "guided by itself"),
-                                     (plain, classes, 0, "0 classes .* one of 10"),
-                                     (plain, plain, 2, "between 2 and 1")):
-        with pytest.raises(ValueError, match=message):
-            Guided(good, weak, 2.0, low, 1.0)
-    Guided(classes, plain, 2.0)(torch.ones(2, 3, 32, 32), 0.5, torch.eye(10)[:2])
-
-
-def test_load_guided(tmp_path):
+def test_load_guided(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("compact", "compact-cond"):
-        torch.save(compact(name).state_dict(), tmp_path / name)
-    torch.save(grey().state_dict(), tmp_path / "grey")
-    torch.save({"config": {"sigma_init": 2.5}, "ema": compact().state_dict()}, tmp_path / "student")
-    assert isinstance(load_guided(tmp_path / "compact", "none", 2.0), EDMPrecond)
-    assert isinstance(load_guided(tmp_path / "compact"), EDMPrecond)        # none lies beside it
-    guided = load_guided(tmp_path / "compact-cond", "self", 3.0, 0.1, 9.0)
+        torch.save(compact(name).state_dict(), f"{name}.pt")
+    torch.save(grey().state_dict(), "grey.pt")
+    torch.save({"config": {"sigma_init": 2.5}, "ema": compact().state_dict()}, "student.pt")
+    assert isinstance(load_guided("compact.pt", "none"), EDMPrecond)
+    assert isinstance(load_guided("compact.pt"), EDMPrecond)        # none lies beside it
+    guided = load_guided("compact-cond.pt", "self", 3.0, 0.1, 9.0)
     assert guided.weak is None and (guided.guidance, guided.low, guided.high) == (3.0, 0.1, 9.0)
-    guided = load_guided(tmp_path / "compact-cond", tmp_path / "compact", 2.0)
-    assert (guided.good.label_dim, guided.weak.label_dim) == (10, 0)
-    for teacher, guide, message in (("compact", "self", "guided by itself"),
-                                    ("student", "none", "student is a student"),
-                                    ("compact", tmp_path / "student", "student is a student"),
-                                    ("grey", tmp_path / "compact", r"\(1, 28, 28\), .*32, 32")):
+    torch.save(compact().state_dict(), "compact-cond_young.pt")
+    guided = load_guided("compact-cond.pt")
+    assert (guided.good.label_dim, guided.weak.label_dim, guided.guidance) == (10, 0, 2.0)
+    for teacher, guide, low, message in (
+            ("compact.pt", "self", 0, "guided by itself"),
+            ("compact.pt", "compact-cond.pt", 0, "0 classes .* one of 10"),
+            ("compact.pt", "compact.pt", 6, "between 6 and 5"),
+            ("student.pt", "none", 0, "student.pt is a student"),
+            ("compact.pt", "student.pt", 0, "student.pt is a student"),
+            ("grey.pt", "compact.pt", 0, r"\(1, 28, 28\), .*32, 32")):
         with pytest.raises(ValueError, match=message):
-            load_guided(tmp_path / teacher, guide)
+            load_guided(teacher, guide, low=low)
 
 
 # ----------------------------------------------------------------------------- files of weights
@@ -224,41 +219,23 @@ def official(net, key="ema", dump=pickle.dump, **extra):
     return blob.getvalue()
 
 
-@pytest.mark.parametrize("name", ["compact", "compact-ve", "grey"])
-def test_official_format(tmp_path, capsys, name):
+@pytest.mark.parametrize("name, key, dump", [
+    ("compact-ve", "ema", pickle.dump), ("grey", "ema", pickle.dump), ("grey", "net", torch.save)])
+def test_official_format(tmp_path, capsys, name, key, dump):
+    """Of a snapshot, and of a training state with its optimizer."""
     net = grey() if name == "grey" else compact(name)
     net.sigma_data = 0.4                                    # which no tensor says
-    blob = official(net)
-    assert b"torch_utils.persistence" in blob and b"_load_from_bytes" in blob
+    blob = official(net, key, dump, optimizer_state={"step": torch.tensor(1), "lr": 0.1})
+    assert b"torch_utils.persistence" in blob and (key == "net" or b"_load_from_bytes" in blob)
     (tmp_path / "edm.pkl").write_bytes(blob)
     loaded = load_teacher(tmp_path / "edm.pkl")
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert equal(dict(loaded.state_dict()), dict(net.state_dict()))
     assert loaded.record == dict(sigma_data=0.4, dropout=0.1 if name == "grey" else 0.0)
     assert loaded.sigma_data == 0.4 and loaded.sigma_init is None
+    assert {block.dropout for block in loaded.modules() if hasattr(block, "dropout")} == {
+        loaded.record["dropout"]}
     assert capsys.readouterr().err == ""
-
-
-def test_a_training_state_of_edm(tmp_path):
-    net = compact()
-    adam = torch.optim.Adam(net.parameters())
-    net(torch.zeros(1, 3, 32, 32), 1.0).sum().backward()
-    adam.step()
-    blob = official(net, "net", torch.save, optimizer_state=adam.state_dict())
-    (tmp_path / "training-state-000001.pt").write_bytes(blob)
-    loaded = load_teacher(tmp_path / "training-state-000001.pt")
-    assert equal(dict(loaded.state_dict()), dict(net.state_dict()))
-
-
-def test_official_adm(tmp_path):
-    sys.path.append(str(HERE / "examples/imagenet64"))
-    from adm import ADMPrecond
-    net = fill(ADMPrecond(resolution=8, label_dim=3, model_channels=8, channel_mult=[1, 2],
-                          num_blocks=1, attn_resolutions=[4], dropout=0.3))
-    (tmp_path / "adm.pkl").write_bytes(official(net))
-    loaded = load_teacher(tmp_path / "adm.pkl")
-    assert type(loaded) is ADMPrecond and loaded.record["dropout"] == 0.3
-    assert equal(dict(loaded.state_dict()), dict(net.state_dict()))
 
 
 def test_official_names_and_checksums(tmp_path, monkeypatch):
@@ -279,25 +256,19 @@ def test_official_names_and_checksums(tmp_path, monkeypatch):
 def test_other_forms_of_the_same_weights(tmp_path, monkeypatch, capsys):
     state = dict(compact().state_dict())
     bare = {k.removeprefix("model."): v for k, v in state.items()}
-    forms = {"bare": state, "state_dict": {"state_dict": state}, "model": {"model": bare},
-             "parallel": {f"module.{k}": v for k, v in state.items()},
-             "compiled": {"epoch": 3, "model": {f"_orig_mod.{k}": v for k, v in state.items()}},
-             "both": {f"module._orig_mod.{k}": v for k, v in state.items()},
+    forms = {"state_dict": {"state_dict": state},
+             "compiled": {"epoch": 3, "model": {f"module._orig_mod.{k}": v
+                                                for k, v in state.items()}},
              "ema": {"ema": bare, "model": {k: v + 1 for k, v in bare.items()}}}
     for name, form in forms.items():
         torch.save(form, tmp_path / name)
-        assert equal(dict(load_teacher(tmp_path / name).state_dict()), state), name
-        assert "EDM's defaults are taken" in capsys.readouterr().err
-    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert equal(dict(load_teacher(tmp_path / "old.pt").state_dict()), state)
-    torch.save({"ema": {k: v.half() for k, v in state.items()}}, tmp_path / "half.pt")
-    assert equal(dict(load_teacher(tmp_path / "half.pt").state_dict()),
-                 {k: v.half().float() for k, v in state.items()})
-
+    torch.save(state, tmp_path / "old", _use_new_zipfile_serialization=False)
     (tmp_path / "a.safetensors").touch()
     library = types.SimpleNamespace(load_file=lambda path: state)
     monkeypatch.setitem(sys.modules, "safetensors.torch", library)
-    assert equal(dict(load_teacher(tmp_path / "a.safetensors").state_dict()), state)
+    for path in tmp_path.iterdir():
+        assert equal(dict(load_teacher(path).state_dict()), state), path
+        assert "EDM's defaults are taken" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)         # not installed
     with pytest.raises(ValueError, match="a.safetensors: pip install safetensors"):
         load_teacher(tmp_path / "a.safetensors")
@@ -332,32 +303,22 @@ BASELINE = official(type("VPPrecond", (torch.nn.Module,), {})())      # of EDM's
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
     (b"\n<!DOCTYPE html><html><body>Sign in", "is a web page: download"),
     (official(compact(), "G_ema"), "a StyleGAN, .* take a diffusion teacher, such as edm-ffhq"),
-    (pickle.dumps({"G": Bomb(np.float64)}).replace(b"numpy", b"dnnlib.tflib"), "a StyleGAN"),
     (BASELINE, "behind VPPrecond, .*--precond=edm"),
     (b"", "a: broken, or no file"), (b"PK\x03\x04", "a: broken, or it holds more"),
-    *((official(compact())[:n], "a: broken, or no file") for n in (50, 900_000, -1))])
+    (official(compact())[:-1], "a: broken, or no file")])
 def test_files_that_are_something_else(tmp_path, blob, message):
     (tmp_path / "a").write_bytes(blob)
     with pytest.raises(ValueError, match=message):
         load_teacher(tmp_path / "a")
 
 
-NAME = "model.enc.8x8_block0.conv1.weight"
-
-
 @pytest.mark.parametrize("change, message", [
-    ({NAME: torch.zeros(64, 64, 5, 5)}, rf"{NAME} is \(64, 64, 5, 5\), not \(64, 64, 3, 3\)"),
-    ({NAME: torch.full((64, 64, 3, 3), torch.nan)}, f"{NAME} is not of finite"),
-    ({NAME: torch.zeros(64, 64, 3, 3).long()}, f"{NAME} is not of finite"),
-    ({NAME: [1.0]}, f"{NAME} is missing"),
-    ({"model.extra": torch.zeros(3)}, "model.extra does not belong"),
-])
+    (torch.full((64, 64, 3, 3), torch.nan), "is not of finite"),
+    (torch.zeros(64, 64, 3, 3).long(), "is not of finite"), ([1.0], "is missing")])
 def test_weights_that_are_no_network(tmp_path, change, message):
-    torch.save({"ema": compact().state_dict() | change}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=f"a.pt: {message}"):
-        load_teacher(tmp_path / "a.pt")
-    torch.save({"optimizer": 3}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt: .* no tensor is named"):
+    name = "model.enc.8x8_block0.conv1.weight"
+    torch.save({"ema": compact().state_dict() | {name: change}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt: {name} {message}"):
         load_teacher(tmp_path / "a.pt")
 
 
@@ -366,24 +327,18 @@ def test_weights_that_are_no_network(tmp_path, change, message):
 DEFAULTS = torch._utils._rebuild_tensor_v2.__defaults__
 
 
-def saved(obj, **how):
-    blob = io.BytesIO()
-    torch.save(obj, blob, **how)
-    return blob.getvalue()
-
-
 def hostile(touch):
-    """Return name: (file, what the refusal names); each would create the file `touch` if it ran."""
-    bomb = {"ema": Bomb(os.system, f"touch {touch}")}
-    old = saved(bomb, _use_new_zipfile_serialization=False)
-    alter = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__)stb."
+    """Return name: (file, what the refusal names); each would create the file `touch` if it ran.
+    Files of torch.save and plain pickles are in test_hostile.py."""
+    bomb, old = {"ema": Bomb(os.system, f"touch {touch}")}, io.BytesIO()
+    torch.save(bomb, old, _use_new_zipfile_serialization=False)
+    nested = {"ema": Bomb(torch.storage._load_from_bytes, old.getvalue())}
     return {
-        "pickle": (pickle.dumps(bomb), "refused to load .*system"),
         "in the state": (official(compact(), extra=bomb), "refused to load .*system"),
         "in a training state": (official(compact(), "net", torch.save, extra=bomb), "refused"),
-        "nested": (pickle.dumps({"ema": Bomb(torch.storage._load_from_bytes, old)}), "refused"),
-        "torch.save": (saved(bomb), "broken"), "torch.save of old": (old, "broken"),
-        "alters a function": (alter, "refused to alter"),
+        "nested": (pickle.dumps(nested), "refused to load more than numbers"),
+        "alters a function": (b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00"
+                              b"__defaults__)stb.", "refused to alter"),
     }
 
 
@@ -399,8 +354,8 @@ def test_hostile_files_run_nothing(tmp_path, name):
 
 @pytest.mark.parametrize("offset, size, stride, read", [
     (1, (3,), (1,), [1.0, 2.0, 3.0]),
-    (0, (2 ** 30,), (1,), None), (0, (2, 2), (9, 1), None), (2, (3,), (1,), None),
-    (3, (4,), (-1,), None), (0, (2 ** 20, 2 ** 20), (0, 0), None)])
+    (0, (2, 2), (9, 1), None), (2, (3,), (1,), None), (3, (4,), (-1,), None),
+    (0, (2 ** 20, 2 ** 20), (0, 0), None)])
 def test_a_tensor_is_read_within_its_storage_only(tmp_path, offset, size, stride, read):
     """Four numbers are stored: torch would hand out whatever lies beyond them."""
     four = torch.storage.TypedStorage(wrap_storage=torch.arange(4.0).untyped_storage(),
@@ -452,14 +407,8 @@ def test_students_are_drawn_as_students(tmp_path, monkeypatch, capsys):
 
 
 def test_command_line_errors(tmp_path, monkeypatch, capsys):
-    torch.save(compact().state_dict(), tmp_path / "a.pt")
-    (tmp_path / "file").touch()
-    for args, message in (
-            (("nowhere.pt",), "no such weights: nowhere.pt"), (("a.pt", "-n", "0"), "-n"),
-            (("a.pt", "--guide", "self"), "itself"), (("a.pt", "--guide", "no.pt"), "no.pt"),
-            (("a.pt", "--out", "a.gif"), "a.gif"), (("a.pt", "--device", "cuda:7"), "no device"),
-            (("a.pt", "-n", "1", "--steps", "1", "--out", "file/a.png"), "file")):
-        with pytest.raises((ValueError, OSError, SystemExit)) as error:
+    for args, message in ((("nowhere.pt",), "no such weights: nowhere.pt"),
+                          (("a.pt", "--out", "a.gif"), "--out must end in .png,")):
+        with pytest.raises((OSError, SystemExit)) as error:
             in_process(monkeypatch, tmp_path, "sample", *args)
-        said = capsys.readouterr().err if error.type is SystemExit else str(error.value)
-        assert message in said, (args, said)
+        assert message in capsys.readouterr().err + str(error.value)

@@ -16,7 +16,7 @@ FIXTURE |= json.loads((FIXTURES / "unet64.json").read_text())
 OURS = {"uncond-vp": "cifar10_ddpmpp_uncond", "uncond-ve": "cifar10_ncsnpp_uncond",
         "cond-vp": "cifar10_ddpmpp_cond", "compact": "compact_ddpmpp",
         "compact-ve": "compact_ncsnpp"}
-SIZES = ["ffhq64_ddpmpp", "small64_ddpmpp", "small28_grey_ddpmpp", "small64_ncsnpp"]      # other sizes and channels
+SIZES = ["ffhq64_ddpmpp", "small64_ddpmpp", "small28_grey_ddpmpp", "small64_ncsnpp"]
 close = torch.testing.assert_close
 
 
