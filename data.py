@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 import tarfile
+import textwrap
 import zipfile
 import zlib
 from collections import Counter
@@ -68,7 +69,9 @@ def load_images(source, split="train", size=None):
         found = [f"{source}: {n} {'image' if n == 1 else 'images'} of {width} x {height}, "
                  f"{'grey' if channels == 1 else 'RGB'}",
                  "no labels" if labels is None else f"{labels.max() + 1} classes from {where}"]
-        print("; ".join(found + sorted(done)), file=sys.stderr)
+        said = "; ".join(found + sorted(done))
+        print(textwrap.fill(said, 80, break_long_words=False, break_on_hyphens=False),
+              file=sys.stderr)
     return torch.from_numpy(images), labels
 
 
