@@ -57,8 +57,8 @@ def warning(rows):
                 "update; try --ess 0.9 or a smaller --lam")
     if drifts:
         return (f"the mean of log r is {row['log_r']:.1f}: the classifier tells the student's "
-                "samples from the teacher's; try a higher --t-max or a lower --lr-g, and in a loop of "
-                "your own detach x_t")
+                "samples from the teacher's; try a higher --t-max or a lower --lr-g, and in a loop "
+                "of your own detach x_t")
     if worst > start and row["to_data"] > start / 2:
         return (f"the student went farther from the data than it began, to {worst:.3g} from "
                 f"{start:.3g}: try a lower --lr-g")

@@ -239,8 +239,8 @@ SICK = {        # what its options hold -> what the last row's warning says
 
 def test_of_the_recorded_runs_the_sick_ones_are_warned_of_and_no_other():
     """Those of results/images.jsonl with the default settings: six were made sick by an option or
-    by an edit of the code; the others have no warning in any row, but for SBA 5 with the conditional
-    teacher, whose distance does rise with two seeds of three."""
+    by an edit of the code; the others have no warning in any row, but for SBA 5 with the
+    conditional teacher, whose distance does rise with two seeds of three."""
     found = []
     for line in (HERE / "results/images.jsonl").read_text().splitlines():
         run = json.loads(line)
