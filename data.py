@@ -20,7 +20,7 @@ import textwrap
 import zipfile
 import zlib
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -271,11 +271,16 @@ def read_files(path, split, size, done):
             where = "folders"
             names, labels = folder_labels(folders, names)
         parts = files.values() if path.is_dir() else [path]
-        key = size, names, max(os.stat(part).st_mtime_ns for part in parts)
+        key = lambda: (size, names, max(os.stat(part).st_mtime_ns for part in parts))   # noqa: E731
         for grey in (True, False):                              # not grey where any is Coloured
             with contextlib.suppress(Coloured):
                 images = decode(files, read, names, size, done, grey)
                 return stack(images, len(names), path, key, done), labels, where
+
+
+def read_bytes(file):
+    with open(file, "rb") as f:
+        return f.read()
 
 
 @contextlib.contextmanager
@@ -283,10 +288,10 @@ def open_files(path):
     """Yield {name: file} of a folder, an archive or one image, with / in the names and without
     hidden files and a Mac's __MACOSX; and read(file), which returns its bytes."""
     with contextlib.ExitStack() as opened:
-        found, read = {}, Path.read_bytes
+        found, read = {}, read_bytes
         if path.is_dir():
             names = glob.iglob("**", root_dir=path, recursive=True)     # through links, too
-            found = {name: path / name for name in names}
+            found = {name: os.path.join(path, name) for name in names}
         elif path.suffix.lower() in SUFFIXES:
             found = {path.name: path}
         elif path.suffix.lower() == ".zip":
@@ -298,9 +303,9 @@ def open_files(path):
             read = lambda m: tar.extractfile(m).read()                  # noqa: E731
         files = {}
         for name, file in found.items():
-            name = PurePosixPath(name.replace("\\", "/"))
-            if not any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
-                files[str(name)] = file
+            parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+            if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+                files["/".join(parts)] = file
         yield files, read
 
 
@@ -445,8 +450,8 @@ def stack(images, n, path, key, done):
     """Return n images (C, H, W) of an iterator as one array (n, C, H, W).
 
     From MAPPED bytes on they are written to a file once, beside the set at `path` or, where one
-    can't write there, in cache(); the array is memory-mapped from it, copied on write. key: what
-    tells this set from others, in the file's name.
+    can't write there, in cache(); the array is memory-mapped from it, copied on write. key():
+    what tells this set from others, in the file's name.
     """
     first = next(images)
     shape, images = (n, *first.shape), itertools.chain([first], images)
@@ -455,7 +460,7 @@ def stack(images, n, path, key, done):
         for i, image in enumerate(images):
             pixels[i] = image
         return pixels
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(key()).encode()).hexdigest()[:12]
     file = path.resolve().with_name(f"{path.resolve().name}.{digest}.npy")
     if not file.exists() and not os.access(file.parent, os.W_OK):
         file = cache() / file.name

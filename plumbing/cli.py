@@ -94,4 +94,6 @@ def run_main(main):
         reason = f"not enough memory, try a smaller --batch: {str(e).splitlines()[0]}"
     if rank() == 0 or dist.is_initialized():        # before they have met, all processes fail alike
         print(f"{Path(sys.argv[0]).name}: {reason or 'not enough memory'}", file=sys.stderr)
+    if dist.is_initialized():                       # left open, it may abort a process that ends
+        dist.destroy_process_group()
     sys.exit(2)

@@ -51,6 +51,14 @@ def test_types_take_what_is_in_range_and_name_the_option(kind, good, bad, capsys
         assert said.startswith("x.py: argument --the-value: ") and said.count("\n") == 1
 
 
+def test_an_old_python_is_named_in_one_line():
+    code = "import sys; sys.version_info = (3, 10); import toy2d"
+    said = subprocess.run([sys.executable, "-c", code],
+                          cwd=TOP, capture_output=True, text=True)
+    assert said.returncode and said.stderr.startswith("Python 3.11 or later is needed; this is 3.")
+    assert said.stderr.count("\n") == 1
+
+
 def test_fields_are_options_whose_comments_are_their_help(capsys):
     p = parser("x.py", "It does a thing.", Config)
     given = vars(p.parse_args("--kind TWO --batch 5 --flip".split()))
