@@ -28,8 +28,7 @@ import plots
 from course.page import page
 from plumbing.cli import count, parser, run_main
 from plumbing.loop import atomic
-from plumbing.results import (Group, finished, make, missing, name, read, rows_of, table, tempered,
-                              write)
+from plumbing.results import Group, finished, make, missing, name, read, rows_of, table, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -103,12 +102,12 @@ UPDATES = {             # exercise 12
 }
 HEALTH = {              # "Is it working?": two healthy runs, and sick ones
     "kl": ("healthy KL", "--h kl"), "sba_5": ("healthy SBA 5", "--h sba --lam 5"),
-    "stale": ("stale fake score", "--h kl --lr-f 1e-6"),
-    "upside_down": ("SBA 5, r upside down", "upside_down"),
-    "through": ("KL, no stop-gradient", "through"),
-    "fine": ("small noise alone", "--h kl --t-min 0 --t-max 0.3"),
-    "untempered": ("SBA 5, not tempered", "--h sba --lam 5 --norm batch --ess 0"),
-    "fast": ("rate too high", "--h kl --lr-g 3e-3"),
+    "kl_stale": ("stale fake score", "--h kl --lr-f 1e-6"),
+    "sba_5_upside_down": ("SBA 5, r upside down", "upside_down"),
+    "kl_through": ("KL, no stop-gradient", "through"),
+    "kl_fine": ("small noise alone", "--h kl --t-min 0 --t-max 0.3"),
+    "sba_5_untempered": ("SBA 5, not tempered", "--h sba --lam 5 --norm batch --ess 0"),
+    "kl_fast": ("rate too high", "--h kl --lr-g 3e-3"),
 }
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
@@ -167,7 +166,7 @@ GROUPS = {
     "paper_setting": Group("the paper's setting, nothing tempered", CIFAR, THREE, AS_IS,
                            f"{RATED} --kimg 50"),
     "paper_100": Group("the same, 100,000 images", CIFAR, TWO, AS_IS, f"{RATED} --kimg 100"),
-    "paper_parts": Group("the same, a part of the weight", CIFAR, {
+    "paper_parts": Group("the same, a part of the weight", CIFAR, TWO | {
         f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")},
         AS_IS, f"{RATED} --kimg 50", seeds=1),
     "settle": Group("which rates settle, real images for p", CIFAR, SETTLE, AS_IS,
@@ -251,12 +250,7 @@ def costs():
     return {lam: eight / one for lam, _, eight, _, one in rows}
 
 
-def tempered_curves(rows):
-    return plots.curves(rows, names={row: f"{plots.label(row)}, tempered"
-                                     for row, runs in rows.items() if tempered(runs)})
-
-
-def as_is_curves(rows):
+def untempered(rows):
     return plots.curves(rows, plots.UNTEMPERED)
 
 
@@ -265,11 +259,12 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "plane_lam": ("plane_lam", lambda rows: plots.plane_lam(rows, costs())),
     "plane_parts": ("plane_lam", plots.plane_parts),
     "exercises": ("exercises", lambda rows: plots.exercises(rows, GROUPS["exercises"].labels)),
-    "images": ("images", tempered_curves), "images_every_h": ("images_every_h", plots.every_h),
-    "health": ("health", lambda rows: plots.curves(rows, plots.HEALTH, GROUPS["health"].labels)),
-    "f_distill": ("f_distill", as_is_curves), "paper_rates": ("paper_rates", plots.curves),
-    "paper_setting": ("paper_setting", as_is_curves), "paper_100": ("paper_100", as_is_curves),
-    "paper_parts": ("paper_parts", as_is_curves), "settle": ("settle", as_is_curves),
+    "images": ("images", lambda rows: plots.curves(rows, since=4)),
+    "images_every_h": ("images_every_h", plots.every_h), "health": ("health", plots.health),
+    "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),
+    "paper_rates": ("paper_rates", plots.curves), "paper_setting": ("paper_setting", untempered),
+    "paper_100": ("paper_100", untempered), "paper_parts": ("paper_parts", untempered),
+    "settle": ("settle", untempered),
 }
 
 
@@ -279,7 +274,7 @@ def draw(rows):
                if rows[group]}
     figures["weights"] = plots.weights()
     for file, figure in figures.items():
-        plots.save_figure(figure, HERE / f"figures/{file}.png", dpi=100)
+        plots.save_figure(figure, HERE / f"figures/{file}.png", dpi=120)
 
 
 def film(frames, row):

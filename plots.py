@@ -1,15 +1,17 @@
 """Every picture of the project: what each one shows, and how it is drawn.
 
-The pictures are 12 inches wide, and their letters of 17 points stay legible at 900 pixels, from the
-last row of a lecture. Nothing here changes matplotlib's settings for the program that imports it:
-the style holds while a picture is made, and a figure is made without pyplot, so that a notebook's
-own pictures go on as before.
+The pictures are 10 inches wide, with letters of 17 points, so that they can be read from the last
+row of a lecture. Nothing here changes matplotlib's settings for the program that imports it: the
+style holds while a picture is made, and a figure is made without pyplot, so that a notebook's own
+pictures go on as before.
 
 In the pictures of experiments.py a row is a setting that was run with several seeds. `rows` maps
 its name to its runs, a dictionary each: "options", as on the command line; "seed"; "numbers", what
-the tables show; "log", the rows of log.csv; and, where they were kept, "samples" (n, 2).
+the tables show; "log", the rows of log.csv; and, where they were kept, "samples" (n, 2). A row's
+name begins with that of its divergence, such as sba_5 in sba_5_gan, which gives its colour.
 """
 import math
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -22,26 +24,36 @@ import bregman
 from data import sheet
 from plane import TARGETS
 from plumbing.loop import atomic
+from plumbing.results import tempered, values
 
 STYLE = {"font.size": 17, "axes.titlesize": 18, "lines.linewidth": 3, "axes.grid": True,
          "grid.alpha": 0.3}
 style = matplotlib.rc_context(STYLE)            # the decorator of every function that draws
 
-RED, BLUE, GREEN, ORANGE, GREY = "#cb181d", "#2166ac", "#1b7837", "#ff7f0e", "#777777"
-COLOUR = {"kl": "#000000", "sba_5": RED, "be": BLUE, "lr": GREEN}               # row -> colour
-OTHER = ORANGE, "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f"    # of others
+RED, GREY, TEAL, PINK = "#cb181d", "#777777", "#01665e", "#c51b7d"
+COLOUR = {      # of a divergence, the same in every picture
+    "sba_10": "#67000d", "sba_5": RED, "sba_3": "#ef6548", "ls": "#e08214", "sba_0.5": "#d9b830",
+    "kl": "#000000", "sba_-0.5": "#4393c3", "be": "#2166ac", "lr": "#1b7837", "srkl": "#8c6d31",
+    "jeffreys": "#762a83", "hellinger": "#4393c3"}
+WORDS = {       # the rest of a row's name -> what pictures say
+    "gan": "adversarial loss", "level": "weight between levels", "sample": "weight within a level",
+    "1e-5": "rate 1e-5", "3e-5": "rate 3e-5", "1e-4": "rate 1e-4", "3e-4": "rate 3e-4",
+    "x1": "fake score's rate × 1", "x3": "fake score's rate × 3", "x10": "fake score's rate × 10",
+    "x30": "fake score's rate × 30", "x3_fall": "× 3, falling rates", "fake3": "× 1, three updates"}
+LINES = ("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"), ("-", "x")
 
 
 def figure(rows, columns, size, **more):
     """Return a figure of `size`, in inches, and its axes, (rows, columns)."""
     fig = Figure(figsize=size, layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.1)                      # between a legend and a title
     return fig, fig.subplots(rows, columns, squeeze=False, **more)
 
 
 def grid_of_axes(n, columns, height):
-    """Return a figure 12 inches wide and its first n axes; `height` is a row's, in inches."""
+    """Return a figure 10 inches wide and its first n axes; `height` is a row's, in inches."""
     rows = math.ceil(max(1, n) / columns)
-    fig, axes = figure(rows, columns, (12, height * rows))
+    fig, axes = figure(rows, columns, (10, height * rows))
     for ax in axes.flat[n:]:
         ax.axis("off")
     return fig, axes.flat[:n]
@@ -56,21 +68,17 @@ def save_figure(fig, path, dpi=75):
         fig.savefig(tmp, dpi=dpi)
 
 
+def split(row):
+    """Return a row's divergence, a key of COLOUR, and the rest of its name: "sba_5", "gan"."""
+    h = max((h for h in COLOUR if f"{row}_".startswith(f"{h}_")), key=len, default=row)
+    return h, row[len(h) + 1:]
+
+
 def label(row):
-    """Return a row's name as pictures write it: "KL gan" for kl_gan."""
-    first, *rest = row.split("_")
-    return " ".join([first.upper(), *rest])
-
-
-def colours(rows):
-    """Return row -> colour, for names of rows."""
-    others = [row for row in rows if row not in COLOUR]
-    return COLOUR | {row: OTHER[i % len(OTHER)] for i, row in enumerate(others)}
-
-
-def values(runs, key):
-    """Return a number of each run that has it."""
-    return [run["numbers"][key] for run in runs if run["numbers"].get(key) is not None]
+    """Return a row's name as pictures write it: "KL, adversarial loss" for kl_gan."""
+    h, rest = split(row)
+    first, *lam = h.split("_")
+    return " ".join([first.upper(), *lam]) + (f", {WORDS.get(rest, rest)}" if rest else "")
 
 
 def option(run, flag, default):
@@ -87,29 +95,26 @@ def mean_std(numbers):
 
 # ------------------------------------------------------------------------------- Table 1's weights
 
-CURVES = [  # label, name, lam, colour; the label's log r, its height over the curve
-    ("SBA 10", "sba", 10, "#67000d", 0.55, 1), ("SBA 5", "sba", 5, RED, 1.13, 1),
-    ("SBA 3", "sba", 3, "#ef6548", 1.85, 1), ("LS, SBA 1", "ls", 1, "#e08214", 2.4, 1),
-    ("KL, SBA 0", "kl", 1, "#000000", 2.6, 1), ("LR, JS", "lr", 1, GREEN, 0.85, 1),
-    ("BE, fKL, SBA -1", "be", 1, BLUE, -2, 0.53),
-    ("softened rKL", "srkl", 1, "#8c6d31", -2.2, 0.55),
-    ("Jeffreys", "jeffreys", 1, "#762a83", -0.85, 1.65),
-    ("Hellinger", "hellinger", 1, "#4393c3", 1.5, 0.62)]
+CURVES = [  # label, name, lam; the label's log r, its height over the curve
+    ("SBA 10", "sba", 10, 0.4, 1), ("SBA 5", "sba", 5, 1.13, 1), ("SBA 3", "sba", 3, 1.85, 1),
+    ("LS, SBA 1", "ls", 1, 2.4, 1), ("KL, SBA 0", "kl", 1, 2.55, 1), ("LR, JS", "lr", 1, 0.85, 1),
+    ("BE, fKL, SBA -1", "be", 1, -2, 0.5), ("softened rKL", "srkl", 1, -2.2, 0.5),
+    ("Jeffreys", "jeffreys", 1, -0.85, 1.75), ("Hellinger", "hellinger", 1, 1.5, 0.55)]
 
 
 @style
 def weights():
     """h''(r) r against log r, one labelled curve for each row of Table 1."""
     log_r = torch.linspace(-3.2, 3.2, 641, dtype=torch.float64)
-    fig, ((ax,),) = figure(1, 1, (12, 7.5))
+    fig, ((ax,),) = figure(1, 1, (10, 6.5))
     ax.axvspan(0, 3.2, color="#f4e9e4")
-    for text, name, lam, colour, at, above in CURVES:
-        weight = bregman.get(name, lam).weight
+    for text, name, lam, at, above in CURVES:
+        weight, colour = bregman.get(name, lam).weight, COLOUR[bregman.row_name(name, lam)]
         ax.plot(log_r, weight(log_r), color=colour)
         ax.text(at, above * weight(torch.tensor(float(at))), text, color=colour, weight="bold",
                 ha="center", va="center", bbox=dict(fc="white", ec="none", alpha=0.8, pad=1))
     ax.text(-1.6, 320, "q < p: the student\nputs too little here", ha="center", va="center")
-    ax.text(2.45, 0.006, "q > p: the student\nputs too much here", ha="center", va="center")
+    ax.text(2.25, 0.006, "q > p: the student\nputs too much here", ha="center", va="center")
     ax.set(yscale="log", ylim=(2e-3, 1e3), xlim=(-3.2, 3.2), xlabel="log r = log q/p = -logit",
            ylabel="weight  h''(r) r")
     return fig
@@ -126,7 +131,7 @@ def curve(rows, own, name, path, against=None):
     """
     fig, ((ax,),) = figure(1, 1, (9, 6))
     against = {"to_teacher": "the teacher's samples", "to_data": "the data"} | (against or {})
-    for key, colour in (("to_teacher", RED), ("to_data", BLUE)):
+    for key, colour in (("to_teacher", PINK), ("to_data", TEAL)):
         points = [(row["kimg"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             kimg, distance = zip(*points)
@@ -169,43 +174,44 @@ def plane(ax, x, target, size=2):
 
 
 @style
-def plane_run(title, x, target, result, seen, weight, scatter, path):
+def plane_run(row, x, target, result, seen, weight, scatter, path):
     """One run in the plane: samples, the weight where training used it, log r against the truth,
-    and the curves. seen: log r, (n,); weight(log_r): h''(r) r; scatter: sigma -> exact and learned
-    log r, (n,) each, or nothing."""
-    fig, axes = figure(2, 2, (13, 12))
-    ax, log_r = axes[0, 0], torch.linspace(-8, 8, 321)
+    and the curves. row: its divergence; seen: log r, (n,); weight(log_r): h''(r) r; scatter:
+    sigma -> exact and learned log r, (n,) each, or nothing."""
+    fig, axes = figure(2, 2, (10, 9.8))
+    ax, log_r, colour = axes[0, 0], torch.linspace(-8, 8, 321), COLOUR.get(row, GREY)
     plane(ax, x, target)
-    ax.set_title(f"{title}: {result['modes_covered']} of {result['modes']} modes, "
-                 f"TV {result['mode_tv']:.3f}, {result['on_mode']:.0%} on a mode", fontsize=16)
+    ax.set_title(f"{label(row)}: {result['modes_covered']} of {result['modes']} modes,\n"
+                 f"{result['on_mode']:.0%} of samples on a mode")
 
     ax = axes[0, 1]
     ax.hist(seen.clamp(-8, 8).numpy(), 80, density=True, color="#bdbdbd")
     ax.set(xlabel="log r seen in training", ylabel="density", yscale="log",
-           title="the weight, and where training used it")
+           title="log r (grey), and\nthe weight that it had")
     other = ax.twinx()
-    other.plot(log_r, weight(log_r), color=RED)
+    other.plot(log_r, weight(log_r), color=colour)
     other.set(yscale="log")
-    other.set_ylabel("weight h''(r) r, log r clipped", color=RED)
+    other.set_ylabel("weight h''(r) r", color=colour)
     other.grid(False)
 
     ax = axes[1, 0]
-    for colour, (sigma, (exact, learned)) in zip((BLUE, ORANGE, GREEN), scatter.items()):
-        ax.scatter(exact, learned, s=9, alpha=0.6, color=colour, label=f"sigma = {sigma:g}")
+    for colour, (sigma, (exact, learned)) in zip((PINK, GREY, TEAL), scatter.items()):
+        ax.scatter(exact, learned, s=9, alpha=0.6, color=colour, label=f"σ = {sigma:g}")
     ax.axline((0, 0), slope=1, color="black", lw=1)
     ax.set(xlim=(-4, 8), ylim=(-4, 8), xlabel="exact log r", ylabel="the classifier's log r",
-           title="log r: nothing to compare")
+           title="no classifier")
     if scatter:
-        ax.set_title(f"log r, off by {result['log_r_error']:.2f} (median of levels)")
-        ax.legend(markerscale=3)
+        ax.set_title(f"error of log r: {result['log_r_error']:.2f}\n(median of noise levels)")
+        ax.legend(markerscale=4)
 
     ax, steps = axes[1, 1], [row["step"] for row in result["history"]]
-    for key, text in (("mode_tv", "mode weights' TV"), ("on_mode", "share on a mode"),
-                      ("ess", "effective sample size")):
-        ax.plot(steps, [row[key] for row in result["history"]], label=text)
-    ax.set(xlabel="step", ylim=(0, 1.02), title="on the way")
+    for key, text, colour, dashes in (("mode_tv", "mode TV", "#d94801", "-"),      # as the page has
+                                      ("on_mode", "on a mode", "#08519c", "--"),
+                                      ("ess", "ESS", "#222222", ":")):
+        ax.plot(steps, [row[key] for row in result["history"]], color=colour, ls=dashes, label=text)
+    ax.set(xlabel="step", ylim=(0, 1.02), title=f"training\n(mode TV {result['mode_tv']:.3f})")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=3)
-    save_figure(fig, path)
+    save_figure(fig, path, dpi=120)
 
 
 # ------------------------------------------------------------------------------ runs in the plane
@@ -244,12 +250,12 @@ def against_lambda(axes, lines, panels, bars=False):
 def plane_lam(rows, costs):
     """Is it the divergence, the classifier or the batch that drops modes? costs: lambda -> how many
     times the divergence of one mode that of eight with bridges is."""
-    fig, (axes,) = figure(1, 2, (12, 6.5))
+    fig, (axes,) = figure(1, 2, (10, 6))
     against_lambda(axes[:1], {
-        "learned r, batch 256": (RED, "-", of_line(rows, "learned_256")),
-        "learned r, batch 1024": (RED, ":", of_line(rows, "learned_1024")),
-        "exact r, batch 256": (BLUE, "-", of_line(rows, "exact_256")),
-        "exact r, batch 1024": (BLUE, ":", of_line(rows, "exact_1024"))},
+        "learned r, batch 256": (PINK, "-", of_line(rows, "learned_256")),
+        "learned r, batch 1024": (PINK, ":", of_line(rows, "learned_1024")),
+        "exact r, batch 256": (TEAL, "-", of_line(rows, "exact_256")),
+        "exact r, batch 1024": (TEAL, ":", of_line(rows, "exact_1024"))},
         [("modes_covered", "modes kept, of 8", 8.6)])
     ax = axes[1]
     ax.plot(range(len(costs)), list(costs.values()), "s-", color="black", ms=11)
@@ -265,12 +271,12 @@ def plane_lam(rows, costs):
 @style
 def plane_parts(rows):
     """Which part of the weight drops modes, that between noise levels or that within one?"""
-    fig, (axes,) = figure(1, 2, (12, 6.5))
+    fig, (axes,) = figure(1, 2, (10, 6))
     level, sample = of_line(rows, "level"), of_line(rows, "sample")
     both = {lam: runs for lam, runs in of_line(rows, "learned_256").items() if lam in (-1, 1, 5)}
-    against_lambda(axes, {"the whole weight": (RED, "-", both),
-                          "between noise levels": ("#969696", "-", level),
-                          "within a noise level": ("#238b45", "-", sample)},
+    against_lambda(axes, {"the whole weight": (PINK, "-", both),
+                          "between noise levels": ("#bdbdbd", "-", level),
+                          "within a noise level": ("#6a51a3", "-", sample)},
                    [("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)],
                    bars=True)
     return fig
@@ -278,10 +284,10 @@ def plane_parts(rows):
 
 def panels(students, columns):
     """Samples in the plane, a panel each: (title, x (n, 2), the target)."""
-    fig, axes = grid_of_axes(len(students), columns, 12 / columns + 0.4)
+    fig, axes = grid_of_axes(len(students), columns, 10 / columns + 0.4)
     for ax, (title, x, target) in zip(axes, students):
         plane(ax, x, target)
-        ax.set_title(title, fontsize=17)
+        ax.set_title(title, fontsize=16)
     return fig
 
 
@@ -350,43 +356,73 @@ DISTANCES = {           # column of log.csv -> a panel's title
     "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
     "precision": "precision", "recall": "recall"}
 UNTEMPERED = DISTANCES | {"log_r_std": "std of log r", "ess": "ESS of a batch"}
-HEALTH = {              # and what a panel gives away
-    "to_teacher": "distance to the teacher's samples", "variance": "variance, of the teacher's",
-    "log_r": "mean of log r (below 0: upside down)",
-    "ess": "effective sample size (low: not tempered)",
-    "loss_score": "fake score's loss (rises: stale)",
-    "loss_class": "classifier's loss (near 0: small noise)",
-    "grad_g": "gradient of G (high at first: the rate)",
-    "grad_f": "fake score's gradient (rises: stale)"}
+HEALTH = {      # the column that gives a fault away: its name, the faulty row, what to see
+    "loss_score": ("loss of the fake score", "kl_stale", "stale fake score:\nthe loss rises"),
+    "log_r": ("mean of log r", "sba_5_upside_down", "r upside down:\nlog r is below 0"),
+    "variance": ("variance / teacher's", "kl_through", "no stop-gradient:\nvariance stays low"),
+    "loss_class": ("loss of the classifier", "kl_fine", "small noise alone:\nthe loss falls to 0"),
+    "ess": ("effective sample size", "sba_5_untempered", "not tempered:\nlow from the first"),
+    "grad_g": ("gradient of G", "kl_fast", "rate too high:\nhigh at first")}
+
+
+def series(seeds, key, since=0):
+    """Return the thousands of images (n,), from `since` on, and mean and standard deviation over
+    seeds (n,) of a column of their logs, until the shortest ends."""
+    logs = [[(row["kimg"], row[key]) for row in run["log"] if key in row and row["kimg"] >= since]
+            for run in seeds]
+    n = min(map(len, logs))
+    return [kimg for kimg, _ in logs[0][:n]], *mean_std([[v for _, v in log[:n]] for log in logs])
 
 
 @style
-def curves(rows, titles=DISTANCES, names=()):
-    """Runs on images: mean over seeds, and a band of one standard deviation, against images seen.
-    titles: column -> title, of which those are drawn that some run has; names: row -> its name, if
-    not its label."""
-    logs, names = {row: [run["log"] for run in runs] for row, runs in rows.items()}, dict(names)
-    titles = {k: title for k, title in titles.items()
-              if any(k in log[-1] for seeds in logs.values() for log in seeds)}
-    fig, axes = grid_of_axes(len(titles), 2, 4.5)
+def curves(rows, titles=DISTANCES, since=0):
+    """Runs on images: mean over seeds, and a band of one standard deviation, against images seen. A
+    divergence has its colour, and what else the rows differ in has a line of its own.
+
+    titles: column -> title, of which those are drawn that some run has; since: of so many thousand
+    images."""
+    titles = {key: title for key, title in titles.items()
+              if any(key in run["log"][-1] for runs in rows.values() for run in runs)}
+    rests = [rest for rest, _ in Counter(split(row)[1] for row in rows).most_common()]
+    fig, axes = grid_of_axes(len(titles), 2, 4)
     for ax, (key, title) in zip(axes, titles.items()):
-        for row, seeds in logs.items():
-            series = [[(r["kimg"], r[key]) for r in log if key in r] for log in seeds]
-            n = min(map(len, series))
-            if n:
-                x = [kimg for kimg, _ in series[0][:n]]
-                mean, std = mean_std([[value for _, value in s[:n]] for s in series])
-                colour = colours(logs)[row]
-                ax.plot(x, mean, "o-", color=colour, label=names.get(row, label(row)))
-                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        for row, runs in rows.items():
+            h, rest = split(row)
+            colour, (dashes, marker) = COLOUR.get(h, GREY), LINES[rests.index(rest) % len(LINES)]
+            x, mean, std = series(runs, key, since)
+            ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8,
+                    label=label(row) + ", tempered" * tempered(runs))
+            ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="generated images (thousands)", title=title)
         if key.startswith("to_"):
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
-               ncols=2 if len(logs) == 4 else 3)
+               ncols=3 if len(rows) == 3 else 2)
+    return fig
+
+
+@style
+def health(rows):
+    """Healthy runs, and in each panel the faulty one that its column gives away, others in grey."""
+    fig, axes = grid_of_axes(len(HEALTH), 2, 4.2)
+    for ax, (key, (name, faulty, title)) in zip(axes, HEALTH.items()):
+        for row, (run,) in rows.items():
+            h, rest = split(row)
+            x, y, _ = series([run], key)
+            if not rest:
+                ax.plot(x, y, color=COLOUR[h], label=f"{label(row)}, healthy")
+            elif row == faulty:
+                ax.plot(x, y, color=COLOUR[h], ls="--", marker="s", ms=10,
+                        label="with the fault in the title")
+            else:
+                ax.plot(x, y, color="#bbbbbb", lw=1.5, zorder=1, label="other faults")
+        ax.set(xlabel="generated images (thousands)", ylabel=name, title=title)
+    lines, texts = axes[0].get_legend_handles_labels()
+    legend = dict(zip(texts, lines))                            # a text once
+    fig.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=2)
     return fig
 
 
@@ -400,18 +436,18 @@ def power(run):
 def every_h(rows):
     """The distance to the teacher's samples, a dot a seed, and a bar their mean; below, the same
     against the power of r that weighed the samples."""
-    fig, ((top,), (low,)) = figure(2, 1, (12, 12))
+    fig, ((top,), (low,)) = figure(2, 1, (10, 11))
     for i, (row, runs) in enumerate(rows.items()):
         lam, distance = power(runs[0]), values(runs, "to_teacher")
-        dots = dict(color=colours(rows)[row], ls="", marker="o", ms=14, alpha=0.7)
+        dots = dict(color=COLOUR.get(row, GREY), ls="", marker="o", ms=14, alpha=0.8)
         top.plot([i] * len(distance), distance, **dots)
         top.plot([i - 0.3, i + 0.3], [np.mean(distance)] * 2, color=dots["color"])
         if lam is not None:
             low.plot([lam * tau for tau in values(runs, "tau")], distance, label=label(row), **dots)
     title = "distance to the teacher's samples"
     top.set_xticks(range(len(rows)), [label(row).replace(" ", "\n") for row in rows])
-    top.set_ylabel(title)
-    low.set(xlabel="τλ, the power of r that weighed the samples", ylabel=title)
+    top.set(ylabel=title, title="a dot: a seed; a bar: their mean")
+    low.set(xlabel="τλ, the power of r in the weight", ylabel=title)
     if low.lines:
-        low.legend(ncols=2)
+        low.legend(ncols=2, markerscale=0.8)
     return fig

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import bregman
 from plane import REWARDS, TARGETS, log_q, mode_statistics
-from plots import label, plane_run
+from plots import plane_run
 from plumbing.cli import count, nonnegative, parser, positive, real, run_main, share, whole
 from plumbing.loop import atomic, check_finite, claim
 
@@ -386,7 +386,7 @@ def distil(cfg):
 def write(folder, d, result, seen, frames):
     """Write picture.png, samples.npy (3000, 2), frames.npz and result.json to a run's folder."""
     scatter = {s: compare_ratios(d, s, 700)[:2] for s in FRAME_SIGMAS if d.needs_classifier()}
-    plane_run(label(bregman.row_name(d.cfg.h, d.cfg.lam)), d.samples(4000), d.target, result, seen,
+    plane_run(bregman.row_name(d.cfg.h, d.cfg.lam), d.samples(4000), d.target, result, seen,
               lambda log_r: d.log_weights(log_r).exp(), scatter, folder / "picture.png")
     with atomic(folder / "samples.npy") as tmp:
         np.save(tmp, d.samples(3000).numpy().astype(np.float16))

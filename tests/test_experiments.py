@@ -287,13 +287,28 @@ def test_pictures_of_lambda_show_means_and_spreads():
 
 
 def test_curves_show_the_mean_of_the_seeds_until_the_shortest_ends():
-    logs = [[dict(kimg=k, recall=v) for k, v in enumerate(vs)] for vs in ((1, 2, 3), (3, 6))]
-    fig = plots.curves({"kl": [dict(log=log) for log in logs]}, names={"kl": "KL, tempered"})
+    """A divergence has its colour, and the commonest of the other options an unbroken line."""
+    logs = [[dict(kimg=k, recall=v) for k, v in enumerate(vs)] for vs in ((9, 1, 2, 3), (9, 3, 6))]
+    runs = [dict(log=log, numbers=dict(tau=0.5)) for log in logs]
+    rows = {"kl_x1": runs, "kl_x10": runs[:1], "sba_5_x10": runs[:1]}
+    fig = plots.curves(rows, since=1)
     assert len(fig.axes) == 2 and fig.axes[0].get_title() == "recall"
-    assert fig.axes[0].lines[0].get_ydata().tolist() == [2, 4]
+    lines = fig.axes[0].lines
+    assert lines[0].get_xdata().tolist() == [1, 2] and lines[0].get_ydata().tolist() == [2, 4]
     band = fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(2 - 2 ** 0.5) and band.max() == pytest.approx(4 + 8 ** 0.5)
-    assert fig.legends[0].get_texts()[0].get_text() == "KL, tempered"
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "-"]
+    assert [line.get_color() for line in lines] == [plots.COLOUR[h] for h in ("kl", "kl", "sba_5")]
+    words = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert words[2] == "SBA 5, fake score's rate × 10, tempered"
+
+
+def test_a_fault_is_marked_in_the_panel_of_its_column_alone():
+    rows = {row: [dict(log=[{"kimg": 1} | {key: i for key in plots.HEALTH}])]
+            for i, row in enumerate(experiments.HEALTH)}
+    for ax, (key, (_, faulty, _)) in zip(plots.health(rows).axes, plots.HEALTH.items()):
+        marked = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "s"]
+        assert marked == [list(rows).index(faulty)], key
 
 
 def test_rows_of_classes_have_their_names_beside_them(tmp_path, monkeypatch):
