@@ -30,7 +30,7 @@ STYLE = {"font.size": 17, "axes.titlesize": 18, "lines.linewidth": 3, "axes.grid
          "grid.alpha": 0.3}
 style = matplotlib.rc_context(STYLE)            # the decorator of every function that draws
 
-RED, GREY, TEAL, PINK = "#cb181d", "#777777", "#01665e", "#c51b7d"
+RED, GREY, TEAL, PINK, ORANGE = "#cb181d", "#777777", "#01665e", "#c51b7d", "#ff7f0e"
 COLOUR = {      # of a divergence, the same in every picture
     "sba_10": "#67000d", "sba_5": RED, "sba_3": "#ef6548", "ls": "#e08214", "sba_0.5": "#d9b830",
     "kl": "#000000", "sba_-0.5": "#4393c3", "be": "#2166ac", "lr": "#1b7837", "srkl": "#8c6d31",
@@ -39,7 +39,7 @@ WORDS = {       # the rest of a row's name -> what pictures say
     "gan": "adversarial loss", "level": "weight between levels", "sample": "weight within a level",
     "1e-5": "rate 1e-5", "3e-5": "rate 3e-5", "1e-4": "rate 1e-4", "3e-4": "rate 3e-4",
     "x1": "fake score's rate × 1", "x3": "fake score's rate × 3", "x10": "fake score's rate × 10",
-    "x30": "fake score's rate × 30", "x3_fall": "× 3, falling rates", "fake3": "× 1, three updates"}
+    "x30": "fake score's rate × 30", "x3_fall": "rate × 3, falling", "fake3": "rate × 1, 3 updates"}
 LINES = ("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"), ("-", "x")
 
 
