@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import sys
 import tarfile
 import textwrap
@@ -45,7 +44,7 @@ ARRAYS = {"images": ("train", "labels"), "arr_0": ("train", "arr_1"),       # im
 def load_images(source, split="train", size=None):
     """Return the images, uint8 [0, 255] (N, C, H, W), and their labels, int64 (N,), or None.
 
-    source: "cifar10" (downloaded), CIFAR-10's archives or their folders, a folder or .zip of
+    source: "cifar10" (downloaded), CIFAR-10's binary archive or its folder, a folder or .zip of
     images, or an .npy or .npz of uint8 arrays. C is 1 where all images are grey, else 3. Labels are
     those of dataset.json (EDM's format) where there is one, else the outermost folders are classes.
     split: "train" or "test"; folders train, val and test are splits, and a set without them is
@@ -61,8 +60,7 @@ def load_images(source, split="train", size=None):
     done = set()
     try:
         images, labels, where = read_set(path, split, size, done)
-    except (ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as e:                   # what readers of broken files raise
+    except (ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path}: {e}") from e
     if rank() == 0:
         n, channels, height, width = images.shape
@@ -85,7 +83,7 @@ def read_set(path, split, size, done):
         raise ValueError("no images in it")
     if size and images.shape[2:] != (size, size):
         squares = (from_pillow(middle_square(to_pillow(image), size, done)) for image in images)
-        images = stack(squares, len(images), path, (size, split, path.stat().st_mtime_ns), done)
+        images = stack(squares, len(images), path, [path], (size, split), done)
     if labels is not None:
         labels, n = np.asarray(labels), len(images)
         if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
@@ -215,35 +213,15 @@ def choose_split(split, found, done):
 
 
 def read_cifar10(files, read, split):
-    """Return the images and labels of CIFAR-10's batches: records of 1 label byte and 3 x 32 x 32
-    image bytes, or torchvision's pickles. files: {a batch's name: what read() takes}."""
-    ending = ".bin" if "data_batch_1.bin" in files else ""
-    batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
-    images, labels = [], []
-    for name in (batch + ending for batch in batches):
+    """Return the images and labels of CIFAR-10's batches, which are records of 1 label byte and
+    3 x 32 x 32 image bytes. files: {a batch's name: what read() takes}."""
+    names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+    for name in names:
         if name not in files:
-            raise ValueError(f"no {name} in it")
-        blob = read(files[name])
-        if ending:
-            records = np.frombuffer(blob, np.uint8).reshape(-1, 3073)
-            batch = {"data": records[:, 1:], "labels": records[:, 0]}
-        else:
-            batch = Arrays(io.BytesIO(blob), encoding="latin1").load()
-        images.append(batch["data"])
-        labels.append(batch["labels"])
-    return np.concatenate(images).reshape(-1, 3, 32, 32), np.concatenate(labels)
-
-
-class Arrays(pickle.Unpickler):
-    """Reads pickles of numpy's arrays and plain values, and calls nothing else that one names."""
-    ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-                ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
-
-    def find_class(self, module, name):
-        known = module.replace("numpy._core", "numpy.core"), name
-        if known not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
-        return self.ADMITTED[known]
+            raise ValueError(f"no {name} in it: take {CIFAR10[0]}, as it is")
+    records = np.frombuffer(b"".join(read(files[name]) for name in names), np.uint8)
+    records = records.reshape(-1, 3073)
+    return records[:, 1:].copy().reshape(-1, 3, 32, 32), records[:, 0]
 
 
 # -------------------------------------------------------------------------------------- image files
@@ -270,17 +248,11 @@ def read_files(path, split, size, done):
         else:
             where = "folders"
             names, labels = folder_labels(folders, names)
-        parts = files.values() if path.is_dir() else [path]
-        key = lambda: (size, names, max(os.stat(part).st_mtime_ns for part in parts))   # noqa: E731
+        parts = [files[name] for name in names] if path.is_dir() else [path]
         for grey in (True, False):                              # not grey where any is Coloured
             with contextlib.suppress(Coloured):
                 images = decode(files, read, names, size, done, grey)
-                return stack(images, len(names), path, key, done), labels, where
-
-
-def read_bytes(file):
-    with open(file, "rb") as f:
-        return f.read()
+                return stack(images, len(names), path, parts, (size, names), done), labels, where
 
 
 @contextlib.contextmanager
@@ -288,10 +260,10 @@ def open_files(path):
     """Yield {name: file} of a folder, an archive or one image, with / in the names and without
     hidden files and a Mac's __MACOSX; and read(file), which returns its bytes."""
     with contextlib.ExitStack() as opened:
-        found, read = {}, read_bytes
+        found, read = {}, Path.read_bytes
         if path.is_dir():
             names = glob.iglob("**", root_dir=path, recursive=True)     # through links, too
-            found = {name: os.path.join(path, name) for name in names}
+            found = {name: path / name for name in names}
         elif path.suffix.lower() in SUFFIXES:
             found = {path.name: path}
         elif path.suffix.lower() == ".zip":
@@ -446,12 +418,12 @@ def from_pillow(image):
 
 # --------------------------------------------------------------------------------------- large sets
 
-def stack(images, n, path, key, done):
+def stack(images, n, path, parts, key, done):
     """Return n images (C, H, W) of an iterator as one array (n, C, H, W).
 
     From MAPPED bytes on they are written to a file once, beside the set at `path` or, where one
-    can't write there, in cache(); the array is memory-mapped from it, copied on write. key():
-    what tells this set from others, in the file's name.
+    can't write there, in cache(); the array is memory-mapped from it, copied on write. The file's
+    name has a hash of `key` and of when the files `parts` changed last: another set, another file.
     """
     first = next(images)
     shape, images = (n, *first.shape), itertools.chain([first], images)
@@ -460,7 +432,8 @@ def stack(images, n, path, key, done):
         for i, image in enumerate(images):
             pixels[i] = image
         return pixels
-    digest = hashlib.sha256(repr(key()).encode()).hexdigest()[:12]
+    newest = max(part.stat().st_mtime_ns for part in parts)
+    digest = hashlib.sha256(repr((*key, newest)).encode()).hexdigest()[:12]
     file = path.resolve().with_name(f"{path.resolve().name}.{digest}.npy")
     if not file.exists() and not os.access(file.parent, os.W_OK):
         file = cache() / file.name
