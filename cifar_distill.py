@@ -150,7 +150,7 @@ class Distiller:
             torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr,
                              betas=(0.0, 0.999), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.fake, cfg.lr_f)))
-        self.scaler = torch.amp.GradScaler(self.kind(), enabled=cfg.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
         self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         # running means at each noise level, of which a batch has one slice each
         self.log_r_mean = torch.zeros(min(10, cfg.batch), device=cfg.device)    # for --norm level
@@ -175,24 +175,19 @@ class Distiller:
                 push = self.gradient(F.softplus(log_r), x_t)
                 direction = direction + cfg.gan * x_t[0].numel() * push                 # line 13
             surrogate = (x * direction).mean()  # its gradient in x is the direction / x.numel()
-            self.descend(self.opt_g, surrogate, "generator")                            # line 15
+            self.descend(self.opt_g, surrogate)                                         # line 15
             self.average_weights()
-        self.descend(self.opt_f, self.fake_loss(x.detach(), b), "fake score network")   # 16 to 22
+        self.descend(self.opt_f, self.fake_loss(x.detach(), b))                 # lines 16 to 22
         for _ in range(cfg.fake_updates - 1):           # DMD2 and f-distill make several
             b = self.sample_batch()
-            x = self.generate(b, learn=False)
-            self.descend(self.opt_f, self.fake_loss(x, b), "fake score network")
+            self.descend(self.opt_f, self.fake_loss(self.generate(b, learn=False), b))
         self.seen += cfg.batch
 
     def generate(self, b, learn):
         """Return the generator's images (n, C, H, W), with a graph in its weights if it learns."""
-        with torch.set_grad_enabled(learn), self.autocast():
-            return self.G(*self.generator_input(b), b.c)
-
-    def generator_input(self, b):
-        """Return what the generator sees, noise (n, C, H, W), and its noise level (n, 1, 1, 1)."""
         sigma = torch.full_like(b.sigma, self.cfg.sigma_init)
-        return sigma * b.z, sigma
+        with torch.set_grad_enabled(learn), self.autocast():
+            return self.G(sigma * b.z, sigma, b.c)
 
     def scores_and_ratio(self, x_t, b):
         """Return w(t) (s_psi - s_phi) (n, C, H, W), and log r (n, 1, 1, 1), whose graph reaches x_t
@@ -260,9 +255,9 @@ class Distiller:
                  loss_class=gather(classifier.detach()).mean())
         return score.mean() + classifier.mean()                                         # line 22
 
-    def descend(self, opt, loss, what):
+    def descend(self, opt, loss):
         """Take one step of Adam on the gradient's mean over processes."""
-        cfg, scaler = self.cfg, self.scaler
+        cfg, scaler, name = self.cfg, self.scaler, "grad_g" if opt is self.opt_g else "grad_f"
         opt.zero_grad()
         scaler.scale(loss).backward()
         grads = [p.grad for p in opt.param_groups[0]["params"] if p.grad is not None]
@@ -270,10 +265,10 @@ class Distiller:
         scaler.unscale_(opt)
         norm = torch.nn.utils.get_total_norm(grads)
         if norm.isfinite():
-            self.log(**{"grad_g" if opt is self.opt_g else "grad_f": norm})
+            self.log(**{name: norm})
         elif cfg.amp != "fp16":                                 # whose scaler skips this step
-            raise FloatingPointError(f"after {self.seen} images: the {what}'s gradient is {norm}; "
-                                     "the last checkpoint stays as it was")
+            raise FloatingPointError(f"after {self.seen} images: {name} is {norm}; the last "
+                                     "checkpoint stays as it was")
         if cfg.grad_clip and opt is self.opt_f:
             torch.nn.utils.clip_grad_value_(self.fake.parameters(), cfg.grad_clip)
         scaler.step(opt)
@@ -300,17 +295,17 @@ class Distiller:
         slices are bins of them; weights() counts on that. Labels are drawn evenly: where those of
         the real images are not even, log r has the logarithm of their frequencies in it.
         """
-        cfg, n = self.cfg, self.cfg.batch
-        kind = dict(generator=self.generator, device=cfg.device)
-        shape = (n, *self.images.shape[1:])
-        t = (torch.arange(n, device=cfg.device) + torch.rand(n, **kind)) / n            # line 7
+        cfg, n, shape = self.cfg, self.cfg.batch, (self.cfg.batch, *self.images.shape[1:])
+        how = dict(generator=self.generator, device=cfg.device)
+        t = (torch.arange(n, device=cfg.device) + torch.rand(n, **how)) / n             # line 7
         t = cfg.t_min + (cfg.t_max - cfg.t_min) * t
-        index = torch.randint(len(self.images), (n,), **kind)                           # line 21
-        b = dict(z=torch.randn(shape, **kind), noise=torch.randn(shape, **kind),        # line 4
-                 sigma=self.noise_levels(t)[:, None, None, None])
-        sigma_f = (cfg.p_mean + cfg.p_std * torch.randn(n, **kind)).exp()               # line 17
-        b |= dict(sigma_f=sigma_f[:, None, None, None], noise_f=torch.randn(shape, **kind))
-        b |= self.real_batch(index, kind)
+        index = torch.randint(len(self.images), (n,), **how)                            # line 21
+        b = dict(
+            z=torch.randn(shape, **how), noise=torch.randn(shape, **how),           # lines 4, 7
+            sigma=self.noise_levels(t)[:, None, None, None],
+            sigma_f=(cfg.p_mean + cfg.p_std * torch.randn(n, 1, 1, 1, **how)).exp(),    # line 17
+            noise_f=torch.randn(shape, **how))
+        b |= self.real_batch(index, how)
         mine = {name: value[rank()::world()] for name, value in b.items()}
         return SimpleNamespace(**(dict(c=None, c_real=None) | mine))
 
@@ -318,16 +313,16 @@ class Distiller:
         """Return noise levels (n,) at shares t (n,) of EDM's grid, from the lowest level up."""
         return karras(1 - t)
 
-    def real_batch(self, index, kind):
+    def real_batch(self, index, how):
         """Return the real images at `index` (n,), mirrored or not, as `real`; with classes also
         their labels, c_real, and those to generate, c, one-hot (n, label_dim)."""
         n, classes = len(index), self.teacher.label_dim
-        flip = torch.rand(n, **kind) < 0.5 * self.flip
+        flip = torch.rand(n, **how) < 0.5 * self.flip
         real = self.images[index.to(self.images.device)].to(self.cfg.device).float() / 127.5 - 1
         b = dict(real=torch.where(flip[:, None, None, None], real.flip(3), real))
         if classes:
             eye = torch.eye(classes, device=self.cfg.device)
-            b |= dict(c=eye[torch.randint(classes, (n,), **kind)], c_real=eye[self.labels[index]])
+            b |= dict(c=eye[torch.randint(classes, (n,), **how)], c_real=eye[self.labels[index]])
         return b
 
     def gradient(self, values, x_t):
@@ -352,11 +347,9 @@ class Distiller:
         ema, G = (list(net.state_dict().values()) for net in (self.ema, self.G))
         torch._foreach_lerp_(ema, G, 1 - beta)
 
-    def kind(self):
-        return torch.device(self.cfg.device).type
-
     def autocast(self):
-        return torch.autocast(self.kind(), HALF[self.cfg.amp], self.cfg.amp != "no")
+        device, amp = torch.device(self.cfg.device).type, self.cfg.amp
+        return torch.autocast(device, HALF[amp], amp != "no")
 
     def log(self, **values):
         """Add numbers to the sums of which log.csv gets the means."""
@@ -465,9 +458,8 @@ def parse(argv):
 
 
 def main(argv):
-    args = parse(argv)
     tune_cpu()
-    return run(*args)
+    return run(*parse(argv))
 
 
 if __name__ == "__main__":
