@@ -102,8 +102,8 @@ class Config:
             raise ValueError("--sigma-min must be below --sigma-max")
         if (self.norm != "batch") + (self.part != "both") + (self.reward != "") > 1:
             raise ValueError("choose one of --norm two-stage, --part and --reward")
-        if self.gan and self.ratio == "exact":
-            raise ValueError("--gan needs the classifier, so --ratio classifier")
+        if self.gan and (self.ratio == "exact" or self.reward):
+            raise ValueError("--gan needs --ratio classifier, and no --reward, which it opposes")
 
 
 class Distiller:
@@ -189,7 +189,8 @@ class Distiller:
     def fake_loss(self, x, b):
         """Return the loss of lines 16 to 22, with t'' = t' and one noise for real and fake samples.
 
-        Line 18 is EDM's denoising loss, whose weight is 1 / c_out^2.
+        Line 18 is EDM's denoising loss, whose weight is 1 / c_out^2. It trains the shared layers
+        even where nothing uses the score, as with --teacher-free.
         """
         noise = b.sigma_f * b.noise_f
         D_x, logits = self.fake(x + noise, b.sigma_f)                                   # line 17
@@ -360,8 +361,8 @@ def distil(cfg):
     """
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    shots = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)
-    shots, film = np.unique(np.ceil(shots).astype(int)), []             # steps that have a frame
+    framed = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)
+    framed, frames = np.unique(np.ceil(framed).astype(int)), []         # steps that have a frame
     z, noise = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(cfg.seed))
     progress = tqdm(range(1, cfg.steps + 1), unit="step")
     for i in progress:
@@ -373,14 +374,14 @@ def distil(cfg):
             seen.append(d.logged["log_r"])
             progress.set_postfix(modes=stats["modes_covered"], tv=f"{stats['mode_tv']:.2f}",
                                  on_mode=f"{stats['on_mode']:.2f}")
-        if i in shots:
-            film.append(frame(d, z, noise))
+        if i in framed:
+            frames.append(frame(d, z, noise))
     result = dict(h=cfg.h, lam=cfg.lam, seed=cfg.seed) | measure(d)
     result |= dict(ess=float(np.mean([row["ess"] for row in history])), config=asdict(cfg),
                    seconds=time.time() - start, history=history)
-    film = dict(step=shots, x=np.array([x for x, _ in film]),
-                log_r=np.array([log_r for _, log_r in film]))
-    return d, result, torch.cat(seen), film
+    frames = dict(step=framed, x=np.array([x for x, _ in frames]),
+                  log_r=np.array([log_r for _, log_r in frames]))
+    return d, result, torch.cat(seen), frames
 
 
 def write(folder, d, result, seen, frames):

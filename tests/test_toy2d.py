@@ -316,7 +316,8 @@ def test_command_line(tmp_path, monkeypatch, capsys, coarse, args, name):
 @pytest.mark.parametrize("args, message", [
     ("--h sba --lam 1e9", "lam .* -50 to 50"), ("--lam 10", "add --h sba"),
     ("--sigma-min 3", "--sigma-min"), ("--part level --reward linear", "choose"),
-    ("--ratio exact --gan 1", "--gan.*--ratio"), ("--out file/x", "file")])
+    ("--ratio exact --gan 1", "--gan.*--ratio"), ("--gan 1 --reward linear", "no --reward"),
+    ("--out file/x", "file")])
 def test_bad_input_is_refused_before_the_run(tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
