@@ -134,11 +134,8 @@ def log_q(G, x_t, sigma, cells=128, splits=2):
     linear. So q_sigma is nearly the mean over all cells of N(mean, sigma^2 I + C). A cell whose
     image is wider than half the least sigma, as on a bridge between two modes, is cut into four, up
     to `splits` times.
-    x_t: (N, 2), sigma: (N, 1). Raises ValueError for other shapes.
+    x_t: (N, 2), sigma: (N, 1).
     """
-    if x_t.shape[1:] != (2,) or sigma.shape != (len(x_t), 1):
-        raise ValueError("x_t must be (N, 2) and sigma (N, 1), not "
-                         f"{tuple(x_t.shape)} and {tuple(sigma.shape)}")
     mean_x, mean_y, xx, xy, yy, log_mass = cell_images(G, x_t, sigma.min(), cells, splits)  # (K,)
     det_C = (xx * yy - xy ** 2).clamp(min=0)
 
