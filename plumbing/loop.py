@@ -35,9 +35,8 @@ def tune_cpu():
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):                            # musl has none
-            libc.mallopt(-4, 0)                                 # M_MMAP_MAX: the heap for all sizes
-            libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never shrink it
+        libc.mallopt(-4, 0)                     # M_MMAP_MAX: the heap for all sizes
+        libc.mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD: never shrink it
 
 
 def check_finite(when, sigma, **named):
@@ -89,8 +88,6 @@ def load(path):
     with open(path, "rb") as f:                 # its OSError names the file
         try:
             return torch.load(f, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
         except Exception as e:                  # torch raises many kinds for a broken file
             raise ValueError(f"{path}: broken, or it holds more than tensors and plain values"
                              ) from e
