@@ -125,18 +125,35 @@ def seen(tmp_path_factory):
     """What a script sees that uses the page in headless Chromium."""
     if not BROWSER:
         pytest.skip("no Chromium")
-    folder = tmp_path_factory.mktemp("page")
     text = TEXT.replace("<head>", "<head>" + BEFORE).replace("</body>", AFTER + "</body>")
+    return opened(text, "1280,800", tmp_path_factory.mktemp("page"))
+
+
+def opened(text, size, folder):
+    """Return what the page writes as JSON into its element #checked. The console stays silent."""
     (folder / "checked.html").write_text(text, encoding="utf-8")
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={folder}/profile", "--window-size=1280,800", "--dump-dom",
+         f"--user-data-dir={folder}/profile", f"--window-size={size}", "--dump-dom",
          "--virtual-time-budget=20000", (folder / "checked.html").as_uri()],
         capture_output=True, text=True, timeout=300)
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
     found = json.loads(html.unescape(re.search(r'<pre id="checked">(.+?)</pre>', done.stdout)[1]))
     assert found["failures"] == []
     return found
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium")
+def test_the_page_fits_a_phone(tmp_path):
+    """In a frame, since no window is so narrow: no wider than it, the controls always in sight."""
+    found = opened(f"""<iframe srcdoc="{html.escape(TEXT)}" width="390" height="844"></iframe>
+<pre id="checked"></pre><script>onload = () => {{
+const page = frames[0].document, bar = page.getElementById("bar").getBoundingClientRect();
+document.getElementById("checked").textContent = JSON.stringify({{failures: [],
+  wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+  bar: [bar.right, bar.bottom]}});
+}}</script>""", "1280,1000", tmp_path)
+    assert found["wide"] == 0 and found["bar"][0] <= 390 and found["bar"][1] <= 844
 
 
 def said(row):
