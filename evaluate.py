@@ -107,16 +107,16 @@ class Evaluator:
             reference = record.get("data", "cifar10") if cfg.data == "own" else cfg.data
         self.against = Path(reference).stem             # what "to the data" means in this run
         if reference == source != "cifar10":            # then they are read already
-            self.data = fid.measure(distiller.images, self.net, self.resize)
+            images = distiller.images
         elif reference == record.get("data") != "cifar10":
             images, _ = load_images(reference, size=record.get("size"))
-            self.data = fid.measure(images, self.net, self.resize)
         else:
-            self.data = fid.measure_source(reference, self.net, how=cfg.resize or None)
-        samples = teacher_samples(cfg)
+            images = fid.find(reference, self.net, how=cfg.resize or None)
+        self.data = fid.measure(images, self.net, self.resize)
         self.teacher = None
-        if samples:
-            self.teacher = fid.measure_source(samples, self.net, how=cfg.resize or None)
+        if samples := teacher_samples(cfg):
+            found = fid.find(samples, self.net, how=cfg.resize or None)
+            self.teacher = fid.measure(found, self.net, self.resize)
         self.key = "to_teacher" if self.teacher else "to_data"
         self.floor = self.teachers_own()
         self.rows_of = dict(classes=distiller.teacher.label_dim)

@@ -48,7 +48,7 @@ def load_net(features="compact"):
     return read_net(features, CLASSIFIER if features == "compact" else download(*INCEPTION))
 
 
-def extract(images, net, how="clean", batch=64, bar=""):
+def extract(images, net, how="clean", bar=""):
     """Return the network's features (N, d) and logits (N, classes), float32 on the CPU.
 
     images: (N, C, H, W), of 3 channels or grey, uint8 or float, in [0, 255]. Floats are rounded
@@ -60,8 +60,8 @@ def extract(images, net, how="clean", batch=64, bar=""):
         raise ValueError("no value of these images is above 2: floats must be in [0, 255], "
                          "not in [0, 1] or [-1, 1]")
     features, logits, where = [], [], next(net.parameters()).device
-    for start in tqdm(range(0, len(images), batch), bar, disable=None if bar else True):
-        x = images[start:start + batch].to(where)
+    for x in tqdm(images.split(64), bar, disable=None if bar else True):
+        x = x.to(where)
         if x.is_floating_point():
             x = x.round().clamp(0, 255)
         with torch.inference_mode():
@@ -193,9 +193,12 @@ class Measured:
     resize: str | None = None               # how its images came to the network's size, if known
 
 
-def measure(images, net, how="clean", batch=64, bar=""):
-    """Return Measured of images (N, C, H, W), whose range and options are those of extract."""
-    features, logits = extract(images, net, how, batch, bar)
+def measure(images, net, how="clean", bar=""):
+    """Return Measured of images (N, C, H, W), whose range and options are those of extract. What
+    find() found measured stays as it is."""
+    if isinstance(images, Measured):
+        return images
+    features, logits = extract(images, net, how, bar)
     return Measured(*stats(features), len(images), inception_score(logits), features, how)
 
 
@@ -230,8 +233,12 @@ def load(path):
 
 
 def find(source, net, n=None, how=None):
-    """Return the images (N, C, H, W) that are to be measured, or Measured where `source` holds
-    that. It measures nothing yet. The arguments are measure_source's."""
+    """Return what measure() takes: the images (N, C, H, W) of SOURCE or SOURCE:SPLIT, or Measured
+    where `source` holds that. CIFAR-10's training set in the compact features is at hand.
+
+    n: how many of its images, or all. how: the resize, "clean" where it is None; but statistics
+    for Inception that do not say how they were made need it. Raises ValueError or OSError.
+    """
     if source == "cifar10" and isinstance(net, Classifier):
         source = REFERENCE
     if stored := load(source):
@@ -254,17 +261,6 @@ def find(source, net, n=None, how=None):
         print(f"{source}: FD-compact is a CIFAR-10 classifier's view, of 32 x 32 RGB images, to "
               "which these are resized", file=sys.stderr)
     return images
-
-
-def measure_source(source, net, n=None, how=None, **options):
-    """Return Measured of SOURCE or SOURCE:SPLIT, of n of its images or of all. CIFAR-10's training
-    set in the compact features is at hand.
-
-    how: the resize, "clean" where it is None; but statistics for Inception that do not say how
-    they were made need it. options: see measure. Raises ValueError or OSError.
-    """
-    found = find(source, net, n, how)
-    return found if isinstance(found, Measured) else measure(found, net, how or "clean", **options)
 
 
 # --------------------------------------------------------------------------- one set to another
@@ -385,8 +381,7 @@ def main(argv):
     net, how = load_net(args.features).to(args.device), args.resize or "clean"
     sets = [find(args.a, net, args.n, args.resize), find(args.b, net, None, args.resize)]
     print(f"computing on {args.device}", file=sys.stderr)       # both are there, now the long part
-    a, b = (s if isinstance(s, Measured) else measure(s, net, how, bar=name)
-            for s, name in zip(sets, (args.a, args.b)))
+    a, b = (measure(s, net, how, name) for s, name in zip(sets, (args.a, args.b)))
     try:
         for measured, path in ((a, args.save), (b, args.save_reference)):
             if path:

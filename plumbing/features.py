@@ -181,11 +181,9 @@ def train_classifier(images, labels, epochs=12, batch=128, lr=0.1, seed=0, devic
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), 0 to 9. Raises ValueError for others.
     """
-    if images.shape[1:] != (3, 32, 32) or len(images) < batch:
-        raise ValueError(f"{len(images)} images of {tuple(images.shape[1:])}: "
-                         f"needs {batch} or more of (3, 32, 32)")
-    if labels is None or not 0 <= labels.min() <= labels.max() <= 9:
-        raise ValueError("needs a label from 0 to 9 for each image")
+    right = images.shape[1:] == (3, 32, 32) and len(images) >= batch
+    if not right or labels is None or labels.max() > 9:
+        raise ValueError(f"needs {batch} images or more of 32 x 32, RGB, with labels from 0 to 9")
     torch.manual_seed(seed)
     net = Classifier().to(device)
     opt = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)

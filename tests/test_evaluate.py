@@ -72,7 +72,7 @@ def test_the_distances_are_those_of_fid(whole):
     b = fid.measure(load_images("tiny_samples.zip")[0], net)
     close(row["to_teacher"], fid.frechet(a.mu, a.sigma, b.mu, b.sigma), rtol=1e-4, atol=1e-6)
     close(row["variance"], (a.sigma.trace() / b.sigma.trace()).item(), rtol=1e-4, atol=0)
-    c = fid.measure_source("cifar10", net)
+    c = fid.find("cifar10", net)
     close(row["to_data"], fid.frechet(a.mu, a.sigma, c.mu, c.sigma), rtol=1e-4, atol=1e-6)
     own = json.loads((whole / "result.json").read_text())["teacher"]
     halves = fid.shuffled(fid.load("tiny_compact.npz").features).split(12)
@@ -101,7 +101,8 @@ def test_what_a_number_was_measured_against_stands_beside_it(here, monkeypatch, 
     assert drawn[-1][2] == f"FD-compact, {how} resize" and drawn[-1][4] == {"to_data": name}
     net = fid.load_net()
     a = fid.measure(sample(load_teacher(f"{out}/student.pt"), 8), net, how)
-    b = fid.measure_source(options.get("reference", options.get("data", "cifar10")), net, how=how)
+    data = options.get("reference", options.get("data", "cifar10"))
+    b = fid.measure(fid.find(data, net), net, how)
     close(float(rows[-1]["to_data"]), fid.frechet(a.mu, a.sigma, b.mu, b.sigma), rtol=1e-4, atol=0)
 
 
