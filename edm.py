@@ -219,17 +219,13 @@ def load_teacher(source):
     what the file says of itself, `sigma_init` the noise level of a student, None of a teacher.
     Raises ValueError, which says what is wrong, or OSError.
     """
-    path, again = Path(shipped(source)), ""
+    path = Path(shipped(source))
     if str(source) in OFFICIAL and not path.exists():
         path = download(f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{source}.pkl",
                         OFFICIAL[source])
-        again = "; delete it to download it again"      # a connection that ended early is not seen
     if not path.is_file():
         raise FileNotFoundError(f"no such weights: {source} (or one of {', '.join(OFFICIAL)})")
-    try:
-        state, record = read_file(path)
-    except ValueError as e:
-        raise ValueError(f"{e}{again}") from e
+    state, record = read_file(path)
     try:
         with torch.random.fork_rng(devices=[]):     # its first weights are drawn, for nothing
             net = network(state, record)

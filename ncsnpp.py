@@ -78,12 +78,12 @@ def resample(x, direction, f, padding=None):                    # x (N, C, H, W)
 class Conv2d(nn.Conv2d):
     """A convolution with optional 2x resampling in front of it: "up", "down" or None."""
 
-    def __init__(self, cin, cout, kernel, resample=None, taps=(1, 1), padding=None):
+    def __init__(self, cin, cout, kernel, direction=None, taps=(1, 1), padding=None):
         super().__init__(cin, cout, kernel, padding=kernel // 2 if padding is None else padding)
         nn.init.xavier_uniform_(self.weight)                    # Song et al.: fan_avg, uniform
         nn.init.zeros_(self.bias)
-        self.direction = resample
-        if resample:
+        self.direction = direction
+        if direction:
             taps = torch.tensor(taps, dtype=torch.float32)
             taps = taps.outer(taps) / taps.sum() ** 2
             self.register_buffer("resample_filter", taps[None, None])
@@ -133,24 +133,24 @@ class Block(nn.Module):
     The square roots keep the variance of a sum of two that of each.
     """
 
-    def __init__(self, cin, cout, emb, dropout, attention=False, resample=None, taps=(1, 1)):
+    def __init__(self, cin, cout, emb_width, dropout, attend=False, direction=None, taps=(1, 1)):
         super().__init__()
         self.norm0 = group_norm(cin)
-        self.conv0 = Conv2d(cin, cout, 3, resample, taps)
-        self.affine = nn.Linear(emb, cout)
+        self.conv0 = Conv2d(cin, cout, 3, direction, taps)
+        self.affine = nn.Linear(emb_width, cout)
         self.norm1 = group_norm(cout)
         self.dropout = dropout
         self.conv1 = Conv2d(cout, cout, 3)
         nn.init.zeros_(self.conv1.weight)                       # starts as the skip alone
-        self.skip = Conv2d(cin, cout, 1, resample, taps) if resample or cin != cout else None
-        self.attention = attention
-        if attention:
+        self.skip = Conv2d(cin, cout, 1, direction, taps) if direction or cin != cout else None
+        self.attend = attend
+        if attend:
             self.norm2 = group_norm(cout)
             self.qkv = Conv2d(cout, 3 * cout, 1)
             self.proj = Conv2d(cout, cout, 1)
             nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x, emb):                                  # x (N, cin, H, W), emb (N, emb)
+    def forward(self, x, emb):                              # x (N, cin, H, W), emb (N, emb_width)
         h = self.conv0(F.silu(self.norm0(x)))                   # (N, cout, H', W')
         h += self.affine(emb)[:, :, None, None].to(h.dtype)
         h = F.silu(self.norm1(h))
@@ -161,7 +161,7 @@ class Block(nn.Module):
             y.add_(x, alpha=SQRT_HALF)
         else:
             y += self.skip(x, gain=SQRT_HALF)
-        if self.attention:
+        if self.attend:
             a = self.proj(attention(self.qkv(self.norm2(y))), gain=SQRT_HALF)
             y = a.add_(y, alpha=SQRT_HALF)
         return y                                                # (N, cout, H', W')
@@ -186,7 +186,7 @@ def encoder(levels, channels, cin, num_blocks, attn_resolutions, block, pyramid_
     """Return the encoder, a ModuleDict with EDM's names, and the channels of each of its skips.
 
     levels: as levels_of has them. channels: of the images. cin: those of the first features.
-    block(cin, cout, attention, resample) makes a block. pyramid_taps: the filter of NCSN++'s image
+    block(cin, cout, attend, direction) makes a block. pyramid_taps: the filter of NCSN++'s image
     pyramid, if there is one.
     """
     size = levels[0][0]
@@ -195,14 +195,14 @@ def encoder(levels, channels, cin, num_blocks, attn_resolutions, block, pyramid_
     for level, (size, width) in enumerate(levels):
         name = f"{size}x{size}"
         if level > 0:
-            enc[f"{name}_down"] = block(cin, cin, resample="down")
+            enc[f"{name}_down"] = block(cin, cin, direction="down")
             if pyramid_taps:
                 enc[f"{name}_aux_residual"] = PyramidConv2d(pyramid, cin, 3, "down", pyramid_taps,
                                                             padding=2)
                 pyramid = cin
             skips.append(cin)
         for i in range(num_blocks):
-            enc[f"{name}_block{i}"] = block(cin, width, attention=size in attn_resolutions)
+            enc[f"{name}_block{i}"] = block(cin, width, attend=size in attn_resolutions)
             cin = width
             skips.append(cin)
     return enc, skips
@@ -215,15 +215,15 @@ def decoder(levels, skips, num_blocks, attn_resolutions, block, attend_in_each=F
     """
     dec, cin = nn.ModuleDict(), skips[-1]
     for level, (size, width) in reversed(list(enumerate(levels))):
-        name, attention = f"{size}x{size}", size in attn_resolutions
+        name = f"{size}x{size}"
         if level == len(levels) - 1:
-            dec[f"{name}_in0"] = block(cin, cin, attention=True)
+            dec[f"{name}_in0"] = block(cin, cin, attend=True)
             dec[f"{name}_in1"] = block(cin, cin)
         else:
-            dec[f"{name}_up"] = block(cin, cin, resample="up")
+            dec[f"{name}_up"] = block(cin, cin, direction="up")
         for i in range(num_blocks + 1):
-            here = attention and (attend_in_each or i == num_blocks)
-            dec[f"{name}_block{i}"] = block(cin + skips.pop(), width, attention=here)
+            attend = size in attn_resolutions and (attend_in_each or i == num_blocks)
+            dec[f"{name}_block{i}"] = block(cin + skips.pop(), width, attend=attend)
             cin = width
     return dec
 
@@ -241,17 +241,17 @@ class UNet(nn.Module):
                  attn_resolutions, dropout=0.13, augment_dim=0):
         super().__init__()
         levels = levels_of(resolution, model_channels, channel_mult)
-        c_noise, emb = model_channels * channel_mult_noise, model_channels * 4
+        noise_width, emb_width = model_channels * channel_mult_noise, model_channels * 4
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
-            self.map_noise.register_buffer("freqs", 16 * torch.randn(c_noise // 2))
-        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
+            self.map_noise.register_buffer("freqs", 16 * torch.randn(noise_width // 2))
+        self.map_label = nn.Linear(label_dim, noise_width) if label_dim else None
         if augment_dim:     # in EDM's checkpoints; it adds nothing to images that aren't augmented
-            self.map_augment = nn.Linear(augment_dim, c_noise, bias=False)
-        self.map_layer0 = nn.Linear(c_noise, emb)
-        self.map_layer1 = nn.Linear(emb, emb)
+            self.map_augment = nn.Linear(augment_dim, noise_width, bias=False)
+        self.map_layer0 = nn.Linear(noise_width, emb_width)
+        self.map_layer1 = nn.Linear(emb_width, emb_width)
 
-        block = partial(Block, emb=emb, dropout=dropout, taps=resample_filter)
+        block = partial(Block, emb_width=emb_width, dropout=dropout, taps=resample_filter)
         taps = resample_filter if encoder_type == "residual" else None
         self.enc, skips = encoder(levels, channels, model_channels, num_blocks, attn_resolutions,
                                   block, taps)

@@ -49,28 +49,28 @@ class ADMBlock(nn.Module):
         y = y + proj(attention(qkv(norm2(y))))                  where there is attention
     """
 
-    def __init__(self, cin, cout, emb, dropout, attention=False, resample=None):
+    def __init__(self, cin, cout, emb_width, dropout, attend=False, direction=None):
         super().__init__()
         self.norm0 = norm(cin)
-        self.conv0 = Conv2d(cin, cout, 3, resample)
-        self.affine = nn.Linear(emb, 2 * cout)
+        self.conv0 = Conv2d(cin, cout, 3, direction)
+        self.affine = nn.Linear(emb_width, 2 * cout)
         self.norm1 = norm(cout)
         self.dropout = dropout
         self.conv1 = Conv2d(cout, cout, 3)
         nn.init.zeros_(self.conv1.weight)                       # starts as the identity
         self.skip = nn.Identity()
-        if resample:                                            # such blocks keep their width
-            self.skip = Resample(resample)
+        if direction:                                           # such blocks keep their width
+            self.skip = Resample(direction)
         elif cin != cout:
             self.skip = Conv2d(cin, cout, 1)
-        self.heads = max(1, cout // 64) if attention else 0     # of 64 channels each
-        if attention:
+        self.heads = max(1, cout // 64) if attend else 0        # of 64 channels each
+        if attend:
             self.norm2 = norm(cout)
             self.qkv = Conv2d(cout, 3 * cout, 1)
             self.proj = Conv2d(cout, cout, 1)
             nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x, emb):                                  # x (N, cin, H, W), emb (N, emb)
+    def forward(self, x, emb):                              # x (N, cin, H, W), emb (N, emb_width)
         h = self.norm1(self.conv0(F.silu(self.norm0(x))))       # (N, cout, H', W')
         scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)   # (N, cout, 1, 1)
         h = F.silu(torch.addcmul(shift, h, 1 + scale))
@@ -87,13 +87,13 @@ class ADM(nn.Module):
     def __init__(self, resolution, channels, label_dim, *, model_channels, channel_mult, num_blocks,
                  attn_resolutions, dropout=0.1, augment_dim=0):
         super().__init__()
-        levels, emb = levels_of(resolution, model_channels, channel_mult), 4 * model_channels
+        levels, width = levels_of(resolution, model_channels, channel_mult), 4 * model_channels
         if augment_dim:     # in EDM's checkpoints; it adds nothing to images that aren't augmented
             self.map_augment = nn.Linear(augment_dim, model_channels, bias=False)
-        self.map_layer0 = nn.Linear(model_channels, emb)
-        self.map_layer1 = nn.Linear(emb, emb)
-        self.map_label = nn.Linear(label_dim, emb, bias=False) if label_dim else None
-        block = partial(ADMBlock, emb=emb, dropout=dropout)
+        self.map_layer0 = nn.Linear(model_channels, width)
+        self.map_layer1 = nn.Linear(width, width)
+        self.map_label = nn.Linear(label_dim, width, bias=False) if label_dim else None
+        block = partial(ADMBlock, emb_width=width, dropout=dropout)
         self.enc, skips = encoder(levels, channels, model_channels, num_blocks, attn_resolutions,
                                   block)
         self.dec = decoder(levels, skips, num_blocks, attn_resolutions, block, attend_in_each=True)
