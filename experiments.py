@@ -255,10 +255,9 @@ def untempered(rows):
 
 
 PICTURES = {        # file in figures/ -> group, what draws it
-    "toy2d_modes": ("every_h", plots.toy2d_modes),
+    "toy2d_modes": ("every_h", plots.students),
     "plane_lam": ("plane_lam", lambda rows: plots.plane_lam(rows, costs())),
-    "plane_parts": ("plane_lam", plots.plane_parts),
-    "exercises": ("exercises", lambda rows: plots.exercises(rows, GROUPS["exercises"].labels)),
+    "exercises": ("exercises", lambda rows: plots.students(rows, GROUPS["exercises"].labels)),
     "images": ("images", lambda rows: plots.curves(rows, since=4)),
     "images_every_h": ("images_every_h", plots.every_h), "health": ("health", plots.health),
     "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),

@@ -12,7 +12,6 @@ name begins with that of its divergence, such as sba_5 in sba_5_gan, which gives
 """
 import math
 from collections import Counter
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -61,9 +60,7 @@ def grid_of_axes(n, columns, height):
 
 @style
 def save_figure(fig, path, dpi=75):
-    """Write a figure to a file whose suffix says the format. Raises ValueError without one."""
-    if not Path(path).suffix:
-        raise ValueError(f"{path}: the suffix says a picture's format, and there is none (.png)")
+    """Write a figure to a file whose suffix says the format."""
     with atomic(path) as tmp:
         fig.savefig(tmp, dpi=dpi)
 
@@ -216,101 +213,55 @@ def plane_run(row, x, target, result, seen, weight, scatter, path):
 
 # ------------------------------------------------------------------------------ runs in the plane
 
-def of_line(rows, line):
-    """Return lambda -> runs, of the rows called LINE_LAMBDA, lambda rising."""
-    found = {float(row[len(line) + 1:]): runs for row, runs in rows.items()
-             if row.rpartition("_")[0] == line}
-    return dict(sorted(found.items()))
-
-
-def against_lambda(axes, lines, panels, bars=False):
-    """What runs gave against lambda, as lines or as bars, with a bar of one standard deviation
-    where there is more than one seed. lines: label -> (colour, line style, {lambda: runs});
-    panels: (key, title, upper limit), for one of the axes each."""
-    lines = {text: line for text, line in lines.items() if line[2]}
-    ticks = sorted({lam for *_, points in lines.values() for lam in points})
-    for ax, (key, title, top) in zip(axes, panels):
-        for i, (text, (colour, dashes, points)) in enumerate(lines.items()):
-            seeds = [len(runs) for runs in points.values()]
-            several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
-            aside, x = i - (len(lines) - 1) / 2, np.array([ticks.index(lam) for lam in points])
-            mean, std = np.array([mean_std(values(runs, key)) for runs in points.values()]).T
-            std[np.array(seeds) == 1] = np.nan
-            how = dict(yerr=std, color=colour, capsize=6, label=f"{text} (seeds: {several})")
-            if bars:
-                ax.bar(x + 0.25 * aside, mean, 0.25, **how)
-            else:
-                ax.errorbar(x + 0.08 * aside, mean, marker="o", ms=11, ls=dashes, **how)
-        ax.set_xticks(range(len(ticks)), [f"{lam:g}" for lam in ticks])
-        ax.set(xlabel="λ of the weight $r^λ$", ylim=(0, top), title=title)
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-
-
 @style
 def plane_lam(rows, costs):
-    """Is it the divergence, the classifier or the batch that drops modes? costs: lambda -> how many
-    times the divergence of one mode that of eight with bridges is."""
-    fig, (axes,) = figure(1, 2, (10, 6))
-    against_lambda(axes[:1], {
-        "learned r, batch 256": (PINK, "-", of_line(rows, "learned_256")),
-        "learned r, batch 1024": (PINK, ":", of_line(rows, "learned_1024")),
-        "exact r, batch 256": (TEAL, "-", of_line(rows, "exact_256")),
-        "exact r, batch 1024": (TEAL, ":", of_line(rows, "exact_1024"))},
-        [("modes_covered", "modes kept, of 8", 8.6)])
-    ax = axes[1]
-    ax.plot(range(len(costs)), list(costs.values()), "s-", color="black", ms=11)
-    ax.axhline(1, color=GREY, ls="--")
-    ax.set_xticks(range(len(costs)), [f"{lam:g}" for lam in costs])
-    ax.set(yscale="log", xlabel="λ of the weight $r^λ$")
-    ax.set_title("divergence of eight modes / of one")
-    ax.text(0, 1e4, "above 1: one mode costs less", va="bottom")
-    ax.text(len(costs) - 1, 0.02, "below 1: eight cost less", va="top", ha="right")
+    """Is it the divergence, the classifier or the batch that drops modes? At the left the modes that
+    are kept, mean and standard deviation over seeds, against lambda. costs: lambda -> how many times
+    the divergence of one mode that of eight with bridges is, at the right."""
+    fig, ((left, right),) = figure(1, 2, (10, 6))
+    lams = list(costs)
+    for i, (line, text, colour, dashes) in enumerate((
+            ("learned_256", "learned r, batch 256", PINK, "-"),
+            ("learned_1024", "learned r, batch 1024", PINK, ":"),
+            ("exact_256", "exact r, batch 256", TEAL, "-"),
+            ("exact_1024", "exact r, batch 1024", TEAL, ":"))):
+        of_line = {lams.index(float(row.rpartition("_")[2])): mean_std(values(runs, "modes_covered"))
+                   for row, runs in rows.items() if row.startswith(f"{line}_")}
+        x = [at + 0.08 * (i - 1.5) for at in of_line]           # beside each other
+        if x:
+            mean, std = zip(*of_line.values())
+            left.errorbar(x, mean, std, marker="o", ms=11, ls=dashes, color=colour, capsize=6,
+                          label=text)
+    left.set(ylim=(0, 8.6), title="modes kept, of 8")
+    right.plot(range(len(lams)), list(costs.values()), "s-", color="black", ms=11)
+    right.axhline(1, color=GREY, ls="--")
+    right.set(yscale="log", title="divergence of eight modes / of one")
+    right.text(0, 1e4, "above 1: one mode costs less", va="bottom")
+    right.text(len(lams) - 1, 0.02, "below 1: eight cost less", va="top", ha="right")
+    for ax in (left, right):
+        ax.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
+        ax.set(xlabel="λ of the weight $r^λ$")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
 @style
-def plane_parts(rows):
-    """Which part of the weight drops modes, that between noise levels or that within one?"""
-    fig, (axes,) = figure(1, 2, (10, 6))
-    level, sample = of_line(rows, "level"), of_line(rows, "sample")
-    both = {lam: runs for lam, runs in of_line(rows, "learned_256").items() if lam in (-1, 1, 5)}
-    against_lambda(axes, {"the whole weight": (PINK, "-", both),
-                          "between noise levels": ("#bdbdbd", "-", level),
-                          "within a noise level": ("#6a51a3", "-", sample)},
-                   [("modes_covered", "modes kept, of 8", 8.6), ("mode_tv", "mode weights' TV", 1)],
-                   bars=True)
-    return fig
-
-
-def panels(students, columns):
-    """Samples in the plane, a panel each: (title, x (n, 2), the target)."""
-    fig, axes = grid_of_axes(len(students), columns, 10 / columns + 0.4)
-    for ax, (title, x, target) in zip(axes, students):
+def students(rows, names=None):
+    """Samples of each row's first run, over the density that they should have. names: row -> title;
+    without it the titles count modes of the ring, and the teacher's samples come first."""
+    ring, panels = TARGETS["ring8"], []
+    if names is None:
+        panels.append(("the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring))
+    for row, (run, *_) in rows.items():
+        if "samples" in run:
+            title = names[row] if names else f"{label(row)}: {run['numbers']['modes_covered']} of 8"
+            target = TARGETS[option(run, "--target", "ring8")]
+            panels.append((title, run["samples"].astype(np.float32), target))
+    fig, axes = grid_of_axes(len(panels), 4, 2.9)
+    for ax, (title, x, target) in zip(axes, panels):
         plane(ax, x, target)
         ax.set_title(title, fontsize=16)
     return fig
-
-
-def students(rows, title):
-    """Return (title(row, run), samples, target) of each row's first run that has samples."""
-    return [(title(row, runs[0]), runs[0]["samples"].astype(np.float32),
-             TARGETS[option(runs[0], "--target", "ring8")])
-            for row, runs in rows.items() if "samples" in runs[0]]
-
-
-@style
-def toy2d_modes(rows):
-    """The teacher's samples on the ring, and each student's."""
-    ring = TARGETS["ring8"]
-    teacher = "the teacher", ring.sample(3000, torch.Generator().manual_seed(0)), ring
-    return panels([teacher, *students(rows, lambda row, run: (
-        f"{label(row)}: {run['numbers']['modes_covered']} of 8"))], 4)
-
-
-@style
-def exercises(rows, names):
-    """The student of each exercise. names: row -> its panel's title."""
-    return panels(students(rows, lambda row, run: names[row]), 4)
 
 
 @style
