@@ -147,39 +147,37 @@ def test_parts_of_the_weight(part):
         close(d.weights(log_r[:, None]), w[:, None])
 
 
-def test_fake_loss_is_edms_and_eq_5():
-    """Add up EDM's weighted denoising loss and two cross entropies, sample by sample."""
-    d, b = prepared()
-    b.sigma_f, b.noise_f, b.real = b.sigma, b.noise, 0.5 * b.z.flip(0)
-    x, total = d.G(b.z).detach(), 0
+def loss_by_hand(fake, b, x):
+    """EDM's weighted denoising loss and two cross entropies, added up sample by sample."""
+    total = 0
     for i in range(32):
-        s, one = b.sigma[i:i + 1], slice(i, i + 1)
-        D_x, logit = d.fake(x[one] + s * b.noise[one], s)
-        _, real = d.fake(b.real[one] + s * b.noise[one], s)
+        s, one = b.sigma_f[i:i + 1], slice(i, i + 1)
+        D_x, logit = fake(x[one] + s * b.noise_f[one], s)
+        _, real = fake(b.real[one] + s * b.noise_f[one], s)
         weight = (s ** 2 + 0.7 ** 2) / (s * 0.7) ** 2                               # EDM Table 1
         total += (weight * (D_x - x[one]) ** 2).mean() / 32
         total -= ((1 - logit.sigmoid()).log() + real.sigmoid().log()).squeeze() / 32
-    close(d.fake_loss(x, b), total, rtol=1e-4, atol=0)
+    return total
 
 
-def test_two_fake_updates_by_hand():
-    """Line 22 twice: on the step's batch, of G as it was, and on a fresh one, of G as it is now."""
-    d, _ = prepared(fake_updates=2)
-    other = copy.deepcopy(d)
+@pytest.mark.parametrize("n", [1, 2])
+def test_fake_score_learns_edms_loss_and_eq_5(n):
+    """Line 22 n times: on the step's batch, of G as it was, and on a fresh one, of G as it is."""
+    d, _ = prepared(fake_updates=n)
+    twin = copy.deepcopy(d)
     d.opt_f = torch.optim.SGD(d.fake.parameters(), 3e-3)    # Adam would enlarge rounding errors
     d.step()
-    first = other.sample_batch()
-    x = other.G(first.z).detach()
-    other.G, other.updates = d.G, d.updates                 # step() has moved G, once
-    second = other.sample_batch()
-    for x, b in ((x, first), (other.G(second.z).detach(), second)):
-        loss, parameters = other.fake_loss(x, b), list(other.fake.parameters())
+    for _ in range(n):
+        b = twin.sample_batch()
+        loss = loss_by_hand(twin.fake, b, twin.G(b.z).detach())
+        parameters = list(twin.fake.parameters())
         for p, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
             p.data -= 3e-3 * grad
-    for p, expected in zip(d.fake.parameters(), other.fake.parameters()):
+        twin.G, twin.updates = d.G, d.updates               # step() has moved G, once
+    for p, expected in zip(d.fake.parameters(), twin.fake.parameters()):
         close(p, expected, rtol=1e-5, atol=1e-6)
-    close(d.logged["loss_score"], other.logged["loss_score"])   # those of the last update
-    assert d.updates == 1 and torch.equal(d.generator.get_state(), other.generator.get_state())
+    close(d.logged["loss_score"] + d.logged["loss_class"], loss.detach(), rtol=1e-4, atol=0)
+    assert d.updates == 1 and torch.equal(d.generator.get_state(), twin.generator.get_state())
 
 
 def test_exact_ratio_is_the_truth_and_trains_no_classifier():
