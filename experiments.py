@@ -2,7 +2,7 @@
 
     python experiments.py                               # prints the tables, draws the pictures
     python experiments.py --run                         # makes the runs that are missing: hours
-    python experiments.py --run plane_lam images --seeds 1      # of these groups, with one seed
+    python experiments.py --run plane_lam images        # of these groups
     python experiments.py --collect FOLDER              # keeps runs that were made elsewhere
     python experiments.py --gif --page                  # also figures/ring.gif, course/play.html
     python experiments.py --divergence                  # the table of results/divergence.txt
@@ -277,23 +277,23 @@ def draw(rows):
 
 
 def film(frames, row):
-    """Return step, x and log_r of a row of the page, of seed 0. Raises FileNotFoundError."""
-    key = name_of("page", row)
-    if f"{key} x" not in frames:
-        raise FileNotFoundError(f"no frames of {row}: --run page makes them")
-    return {k: frames[f"{key} {k}"] for k in ("step", "x", "log_r")}
+    """Return step, x and log_r of a row of the page, of seed 0."""
+    return {k: frames[f"{name_of('page', row)} {k}"] for k in ("step", "x", "log_r")}
 
 
-def draw_films(rows, gif, on_page):
-    """Write the README's animation of the ring and the interactive page, or one of them."""
+def draw_ring():
+    """Write the README's animation of the ring."""
     frames = arrays("page_frames.npz")
-    if gif:
-        films = {row: film(frames, f"learned_{row}") for row in ("be", "kl", "sba_5")}
-        plots.ring(films, HERE / "figures/ring.gif")
-    if on_page:
-        runs = [(rows["page"][row][0], film(frames, row)) for row in GROUPS["page"].rows]
-        with atomic(HERE / "course/play.html") as tmp:
-            tmp.write_text(page(runs, plane.TARGETS), encoding="utf-8")
+    films = {row: film(frames, f"learned_{row}") for row in ("be", "kl", "sba_5")}
+    plots.ring(films, HERE / "figures/ring.gif")
+
+
+def write_page(rows):
+    """Write the interactive page."""
+    frames = arrays("page_frames.npz")
+    runs = [(rows["page"][row][0], film(frames, row)) for row in GROUPS["page"].rows]
+    with atomic(HERE / "course/play.html") as tmp:
+        tmp.write_text(page(runs, plane.TARGETS), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------- the divergence
@@ -329,7 +329,6 @@ def main(argv):
                    help=f"make what is missing of these groups, or of all: {' '.join(GROUPS)}")
     p.add_argument("--collect", type=Path, metavar="FOLDER",
                    help="keep the finished runs in FOLDER/GROUP/ROW_seedK")
-    p.add_argument("--seeds", type=count, help="at most so many runs of a row")
     p.add_argument("--jobs", type=count, help="runs at a time (one for each core, or one on a GPU)",
                    default=1 if torch.cuda.is_available() else os.cpu_count())
     p.add_argument("--gif", action="store_true", help="also draw figures/ring.gif")
@@ -342,7 +341,7 @@ def main(argv):
     status = 0
     if args.run is not None:
         names = args.run or [k for k, group in GROUPS.items() if not group.named]
-        status = make(missing(kept(), GROUPS, names, args.seeds, HERE / "runs"), HERE, args.jobs)
+        status = make(missing(kept(), GROUPS, names, HERE / "runs"), HERE, args.jobs)
     if args.collect or args.run is not None:
         folder = args.collect or HERE / "runs"
         print(f"{collect(folder)} runs of {folder} are in results/", file=sys.stderr)
@@ -350,7 +349,10 @@ def main(argv):
         return status
     rows = all_rows()
     draw(rows)
-    draw_films(rows, args.gif, args.page)
+    if args.gif:
+        draw_ring()
+    if args.page:
+        write_page(rows)
     print("mean ± standard deviation (over n - 1) of the seeds")
     for key, group in GROUPS.items():
         if rows[key]:

@@ -45,7 +45,6 @@ LINES = ("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2
 def figure(rows, columns, size, **more):
     """Return a figure of `size`, in inches, and its axes, (rows, columns)."""
     fig = Figure(figsize=size, layout="constrained")
-    fig.get_layout_engine().set(h_pad=0.1)                      # between a legend and a title
     return fig, fig.subplots(rows, columns, squeeze=False, **more)
 
 
@@ -53,6 +52,7 @@ def grid_of_axes(n, columns, height):
     """Return a figure 10 inches wide and its first n axes; `height` is a row's, in inches."""
     rows = math.ceil(max(1, n) / columns)
     fig, axes = figure(rows, columns, (10, height * rows))
+    fig.get_layout_engine().set(h_pad=0.1)                      # between a legend and a title
     for ax in axes.flat[n:]:
         ax.axis("off")
     return fig, axes.flat[:n]
@@ -215,21 +215,21 @@ def plane_run(row, x, target, result, seen, weight, scatter, path):
 
 @style
 def plane_lam(rows, costs):
-    """Is it the divergence, the classifier or the batch that drops modes? At the left the modes that
-    are kept, mean and standard deviation over seeds, against lambda. costs: lambda -> how many times
-    the divergence of one mode that of eight with bridges is, at the right."""
-    fig, ((left, right),) = figure(1, 2, (10, 6))
+    """Is it the divergence, the classifier or the batch that drops modes? The left panel has the
+    modes kept against lambda, mean and standard deviation over seeds. The right one has costs:
+    lambda -> the divergence of eight modes with bridges over that of one."""
+    fig, (left, right) = grid_of_axes(2, 2, 6)
     lams = list(costs)
     for i, (line, text, colour, dashes) in enumerate((
             ("learned_256", "learned r, batch 256", PINK, "-"),
             ("learned_1024", "learned r, batch 1024", PINK, ":"),
             ("exact_256", "exact r, batch 256", TEAL, "-"),
             ("exact_1024", "exact r, batch 1024", TEAL, ":"))):
-        of_line = {lams.index(float(row.rpartition("_")[2])): mean_std(values(runs, "modes_covered"))
+        of_line = {float(row.rpartition("_")[2]): mean_std(values(runs, "modes_covered"))
                    for row, runs in rows.items() if row.startswith(f"{line}_")}
-        x = [at + 0.08 * (i - 1.5) for at in of_line]           # beside each other
+        x = [lams.index(lam) + 0.08 * (i - 1.5) for lam in of_line]     # beside each other
         if x:
-            mean, std = zip(*of_line.values())
+            mean, std = np.transpose(list(of_line.values()))
             left.errorbar(x, mean, std, marker="o", ms=11, ls=dashes, color=colour, capsize=6,
                           label=text)
     left.set(ylim=(0, 8.6), title="modes kept, of 8")

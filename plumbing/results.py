@@ -143,13 +143,13 @@ def rows_of(kept, group):
 
 # ------------------------------------------------------------------------------------------ made
 
-def missing(kept, groups, names, seeds, folder):
+def missing(kept, groups, names, folder):
     """Return folder -> command, for what no run is kept of: of one name the longest, those of one
-    seed in a row. seeds: at most so many of each row."""
+    seed in a row."""
     runs = {}
     for group_name in names:
         group = groups[group_name]
-        for seed in range(min(seeds or group.seeds, group.seeds)):
+        for seed in range(group.seeds):
             for row in group.rows:
                 options = group.options(row)
                 if options.startswith("--") and not found(kept, group, row, seed):

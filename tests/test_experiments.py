@@ -144,14 +144,14 @@ def test_what_is_missing_is_made_once_and_goes_on(tmp_path):
     """BE is lambda = -1 of another group; an edit of the code is never run; the longer run is made
     for two groups; a checkpoint is gone on with."""
     runs = kept(run_of("plane_lam", "learned_256_-1"))
-    places = missing(runs, GROUPS, ["every_h", "exercises"], 1, tmp_path)
+    places = missing(runs, GROUPS, ["every_h", "exercises"], tmp_path)
     assert not {"every_h/be_seed0", "exercises/swap_seed0"} & {
         str(place.relative_to(tmp_path)) for place in places}
-    assert len(places) == 9 + 9                 # every_h without BE; exercises without three edits
+    assert len(places) == 5 * 10 - 1 + 9        # without a BE, and three edits
     folder = tmp_path / "images/sba_5_seed2"
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").touch()
-    commands = missing({}, GROUPS, ["images_every_h", "images"], None, tmp_path)
+    commands = missing({}, GROUPS, ["images_every_h", "images"], tmp_path)
     assert tmp_path / "images_every_h/sba_5_seed2" not in commands
     assert commands[folder] == [
         sys.executable, "cifar_distill.py", *GROUPS["images"].options("sba_5").split(),
