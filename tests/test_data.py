@@ -137,7 +137,7 @@ def listed(*labels):
     ("set", images("train/0.png", "test/0.png", "bus/0.png"), "train", ["bus/0.png"]),
     ("set", images("cat/train/0.png", "dog/test/0.png"), "train", ["cat/train/0.png"]),
     ("set", images("cat/0.png", "dog/0.png"), "test", ["no test images"]),
-    ("set", images("test/0.png"), "train", ["only test"]),
+    ("set", images("Test/0.png"), "train", ["only test"]),
     ("a.npz", {"images": PIXELS}, "test", ["no test images"]),
     # no images
     ("set", {"a.txt": b"", "cat.gif": b""}, "train", ["no images", "1 .gif files are not read"]),
@@ -230,11 +230,12 @@ def test_middle_squares(tmp_path, capsys, monkeypatch):
         assert np.array_equal(image, Image.fromarray(square).resize((8, 8), Image.LANCZOS))
     assert np.array_equal(got[2], PIXELS[0])                            # has the size: untouched
     assert "resized to 8 x 8" in capsys.readouterr().err
-    np.save(tmp_path / "a.npy", big[None])
+    np.savez(tmp_path / "a.npz", x_train=big[None], x_test=big[None, :33, :20])
     for mapped in (data.MAPPED, 1):                                     # a small set, a large one
         monkeypatch.setattr(data, "MAPPED", mapped)
-        resized = load_images(tmp_path / "a.npy", size=8)[0]
-        assert np.array_equal(resized[0].permute(1, 2, 0), got[0])
+        for split, wanted in (("train", got[0]), ("test", got[1])):
+            resized = load_images(tmp_path / "a.npz", split, size=8)[0]
+            assert np.array_equal(resized[0].permute(1, 2, 0), wanted)
 
 
 # ------------------------------------------------------------------------- arrays and CIFAR-10
