@@ -96,7 +96,7 @@ def finished(folder, script, options, seed):
     if (folder / "log.csv").exists():
         with open(folder / "log.csv") as f:
             log = [{"is" if k == "score" else k: float(v) for k, v in row.items() if v}
-                   for row in csv.DictReader(f)]
+                   for row in csv.DictReader(line for line in f if not line.startswith("#"))]
     elsewhere = ("h", "lam", "seed", "before", "after")         # in the options, or in the log
     numbers = {k: v for k, v in numbers.items() if k not in elsewhere}
     return dict(script=script, options=options, seed=seed, numbers=numbers, log=log)

@@ -48,8 +48,8 @@ def put(folder, group, row, seed=0, log=(), **numbers):
     config = {key.replace("-", "_"): value or True for key, _, value in pairs} | dict(seed=seed)
     (place / "result.json").write_text(json.dumps(dict(config=config, **numbers)))
     if log:
-        lines = [",".join(log[0]), *(",".join(str(v) for v in row.values()) for row in log)]
-        (place / "log.csv").write_text("\n".join(lines))
+        rows = [",".join(str(value) for value in row.values()) for row in log]
+        (place / "log.csv").write_text("\n".join(["# what is measured", ",".join(log[0]), *rows]))
     return place
 
 
