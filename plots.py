@@ -39,7 +39,8 @@ WORDS = {       # the rest of a row's name -> what pictures say
     "1e-5": "rate 1e-5", "3e-5": "rate 3e-5", "1e-4": "rate 1e-4", "3e-4": "rate 3e-4",
     "x1": "fake score's rate × 1", "x3": "fake score's rate × 3", "x10": "fake score's rate × 10",
     "x30": "fake score's rate × 30", "x3_fall": "rate × 3, falling", "fake3": "rate × 1, 3 updates"}
-LINES = ("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"), ("-", "x")
+LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"),
+         ((0, (1, 1)), "P")]        # what tells rows of one divergence apart
 
 
 def figure(rows, columns, size, **more):
@@ -67,7 +68,7 @@ def save_figure(fig, path, dpi=75):
 
 def split(row):
     """Return a row's divergence, a key of COLOUR, and the rest of its name: "sba_5", "gan"."""
-    h = max((h for h in COLOUR if f"{row}_".startswith(f"{h}_")), key=len, default=row)
+    h = next((h for h in COLOUR if f"{row}_".startswith(f"{h}_")), row)
     return h, row[len(h) + 1:]
 
 
@@ -328,7 +329,7 @@ def series(seeds, key, since=0):
 @style
 def curves(rows, titles=DISTANCES, since=0):
     """Runs on images: mean over seeds, and a band of one standard deviation, against images seen. A
-    divergence has its colour, and what else the rows differ in has a line of its own.
+    divergence has its colour, and what else the rows differ in has a line and a shade of its own.
 
     titles: column -> title, of which those are drawn that some run has; since: of so many thousand
     images."""
@@ -339,9 +340,10 @@ def curves(rows, titles=DISTANCES, since=0):
     for ax, (key, title) in zip(axes, titles.items()):
         for row, runs in rows.items():
             h, rest = split(row)
-            colour, (dashes, marker) = COLOUR.get(h, GREY), LINES[rests.index(rest) % len(LINES)]
+            i, colour = rests.index(rest), COLOUR.get(h, GREY)
+            dashes, marker = LINES[i % len(LINES)]
             x, mean, std = series(runs, key, since)
-            ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8,
+            ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8, alpha=0.85 ** i,
                     label=label(row) + ", tempered" * tempered(runs))
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="generated images (thousands)", title=title)
