@@ -160,6 +160,7 @@ def listed(*labels):
     ("a.npz", {"arr_0": PIXELS, "labels": [1] * 6}, "train", ["arr_0, labels"]),
     ("a.npz", {"images": PIXELS / 255}, "train", ["float64"]),
     ("a.npz", {"images": PIXELS[..., :2]}, "train", ["(6, 8, 8, 2)"]),
+    ("a.npz", {"images": PIXELS[0]}, "train", ["(8, 8, 3)"]),                # one image, not a set
     ("a.npz", {"images": PIXELS, "labels": [-3, 0, 0, 0, 0, 0]}, "train", ["labels"]),
     ("a.npz", {"images": PIXELS, "labels": [1, 2]}, "train", ["labels"])])
 def test_what_is_no_set_is_refused_in_a_line(tmp_path, name, files, split, words):
