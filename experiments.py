@@ -116,17 +116,20 @@ F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,
 RATE = "1e-5"           # so the paper's setting has it
-SETTING = (f"{UNCONDITIONAL} --decay-kimg 0 --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 "
-           "--p-mean -1.2 --p-std 1.2 --batch 64 --guide none --eval-every 5 --eval-n 5000 "
+SETTING = (f"{UNCONDITIONAL} --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-mean -1.2 "
+           "--p-std 1.2 --batch 64 --guide none --eval-n 5000 "
            "--teacher-samples runs/unguided.npz")       # 5,000 unguided ones, as features
-PAPER = f"{SETTING} --data runs/unguided.zip"           # 50,000 others
-SETTLE = {              # the fake score's rate in those of the generator
-    "kl_x1": "--h kl --lr-g 1e-5 --lr-f 1e-5", "kl_x3": "--h kl --lr-g 1e-5 --lr-f 3e-5",
-    "kl_x10": "--h kl --lr-g 1e-5 --lr-f 1e-4", "kl_x30": "--h kl --lr-g 1e-5 --lr-f 3e-4",
-    "sba_5_x10": "--h sba --lam 5 --lr-g 1e-5 --lr-f 1e-4",
-    "be_x10": "--h be --lr-g 1e-5 --lr-f 1e-4",
-}
+PAPER = f"{SETTING} --decay-kimg 0 --eval-every 5 --data runs/unguided.zip"      # 50,000 others
 RATED = f"{PAPER} --lr-g {RATE} --lr-f {RATE}"
+REAL = f"{SETTING} --data runs/cifar10_jpeg.npz"
+SETTLE = {              # rates of generator and fake score, and whether they fall
+    "kl_x1": "--h kl --lr-g 1e-5 --lr-f 1e-5 --decay-kimg 0",
+    "kl_x3": "--h kl --lr-g 1e-5 --lr-f 3e-5 --decay-kimg 0",
+    "kl_x10": "--h kl --lr-g 1e-5 --lr-f 1e-4 --decay-kimg 0",
+    "kl_x30": "--h kl --lr-g 1e-5 --lr-f 3e-4 --decay-kimg 0",
+    "kl_fake3": "--h kl --lr-g 1e-5 --lr-f 1e-5 --decay-kimg 0 --fake-updates 3",
+    "kl_x3_fall": "--h kl --lr-g 3e-5 --lr-f 9e-5 --decay-kimg 10",
+}
 
 TOY, CIFAR = "toy2d.py", "cifar_distill.py"
 FILES = {TOY: "results/plane.jsonl", CIFAR: "results/images.jsonl"}
@@ -169,8 +172,16 @@ GROUPS = {
     "paper_parts": Group("the same, a part of the weight", CIFAR, TWO | {
         f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")},
         AS_IS, f"{RATED} --kimg 50", seeds=1),
-    "settle": Group("which rates settle, real images for p", CIFAR, SETTLE, AS_IS,
-                    f"{SETTING} --data runs/cifar10_jpeg.npz --kimg 50", base="kl_x10", named=True),
+    "settle": Group("which rates settle, real images for p", CIFAR, SETTLE,
+                    ("to_teacher", "to_data", "range", *IMAGES[3:], "log_r_std"),
+                    f"{REAL} --eval-every 5 --kimg 50", seeds=2, named=True),
+    "settle_10": Group("the fake score's rate ten times the generator's", CIFAR, THREE, AS_IS,
+                       f"{REAL} --eval-every 5 --kimg 50 --lr-g 1e-5 --lr-f 1e-4 --decay-kimg 0",
+                       seeds=2, named=True),
+    "settled": Group("rates that settle, means of the last five measurements", CIFAR, THREE,
+                     ("to_teacher", "interval", "to_data", "interval_data", *AS_IS[3:]),
+                     f"{REAL} --eval-every 2.5 --kimg 30 --lr-g 3e-5 --lr-f 9e-5 --decay-kimg 10",
+                     seeds=5, last=5, named=True),
     "paper": Group("the paper's experiment", CIFAR, TWO, AS_IS, "--preset paper", seeds=1,
                    named=True),
 }
@@ -263,7 +274,7 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),
     "paper_rates": ("paper_rates", plots.curves), "paper_setting": ("paper_setting", untempered),
     "paper_100": ("paper_100", untempered), "paper_parts": ("paper_parts", untempered),
-    "settle": ("settle", untempered),
+    "settle": ("settle", plots.curves), "settled": ("settled", untempered),
 }
 
 

@@ -6,6 +6,7 @@ options of the rows, and of the kept lines, that were made with it.
 """
 import csv
 import json
+import math
 import os
 import re
 import statistics
@@ -15,15 +16,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import scipy.stats
+
 from plumbing.loop import Stop, atomic
 
 COLUMNS = {     # key of a run's numbers: the table's head, digits
     "modes_covered": ("modes", 1), "mode_tv": ("mode TV", 3), "on_mode": ("on a mode", 3),
     "log_r_error": ("log r error", 2), "log_r_low": ("at the lowest sigma", 1), "ess": ("ESS", 2),
     "tau": ("tau", 2), "to_teacher": ("to the teacher's samples", 2), "to_data": ("to the data", 2),
-    "less_kl": ("minus KL's, same seed", 2), "precision": ("precision", 3), "recall": ("recall", 3),
+    "less_kl": ("minus KL's, same seed", 2), "interval": ("minus KL's, 95 %", 2),
+    "interval_data": ("minus KL's, 95 %", 2), "range": ("range over the last half", 2),
+    "precision": ("precision", 3), "recall": ("recall", 3),
     "is": ("IS", 2), "log_r_std": ("std of log r", 2),
 }
+LESS_KL = {"less_kl": "to_teacher", "interval": "to_teacher", "interval_data": "to_data"}
 # BE, KL and LS are SBA with these lambdas, so one run
 SBA = {"--h be": "--h sba --lam -1", "--h kl": "--h sba --lam 0", "--h ls": "--h sba --lam 1"}
 OLD = {"guidance": "w", "teacher_samples": "bank"}      # what older runs call an option
@@ -41,6 +47,7 @@ class Group:
     seeds: int = 3
     labels: dict = field(default_factory=dict)      # row -> what the table calls it
     base: str = "kl"                        # the row that less_kl compares with
+    last: int = 1                           # measurements that are averaged, at a run's end
     named: bool = False                     # only run when named: it needs a GPU, or other data
 
     def options(self, row):
@@ -118,7 +125,8 @@ def length(options):
 
 def found(kept, group, row, seed):
     """Return the run of a group's row, until the row's --kimg, or None. Its numbers are all that
-    tables and pictures show, those of its log's last row among them."""
+    tables and pictures show, among them those of its log's last row, or means of its last rows, and
+    the range of the distance to the data over the last half."""
     options = group.options(row)
     run, kimg = kept.get(name(group.script, options, seed)), length(options)
     if not run:
@@ -131,7 +139,12 @@ def found(kept, group, row, seed):
         log = log[:long_enough[0] + 1]
     if errors := numbers.get("log_r_error_by_sigma"):
         numbers = numbers | {"log_r_low": errors[min(errors, key=float)]}
-    return run | {"log": log, "numbers": (log[-1] if log else {}) | numbers}
+    last = log[-group.last:]
+    ends = {k: statistics.fmean(line[k] for line in last) for k in last[-1]} if log else {}
+    if "to_data" in ends:
+        late = [line["to_data"] for line in log if line["kimg"] >= log[-1]["kimg"] / 2]
+        ends["range"] = max(late) - min(late)
+    return run | {"log": log, "numbers": ends | numbers}
 
 
 def rows_of(kept, group):
@@ -204,12 +217,12 @@ def make(commands, cwd, at_once):
 # ---------------------------------------------------------------------------------------- tables
 
 def values(runs, key, base=()):
-    """Return a number of each run that has it. less_kl is the distance to the teacher's samples
-    less that of KL's run, of `base`, with the same seed, which draws the same noise."""
+    """Return a number of each run that has it. Those of LESS_KL are a distance less that of KL's
+    run, of `base`, with the same seed, which draws the same noise."""
     numbers = [run["numbers"] for run in runs]
-    if key == "less_kl":
-        kl = {run["seed"]: run["numbers"].get("to_teacher") for run in base}
-        numbers = [{key: run["numbers"]["to_teacher"] - kl[run["seed"]]} for run in runs
+    if distance := LESS_KL.get(key):
+        kl = {run["seed"]: run["numbers"].get(distance) for run in base}
+        numbers = [{key: run["numbers"][distance] - kl[run["seed"]]} for run in runs
                    if kl.get(run["seed"]) is not None]
     return [n[key] for n in numbers if n.get(key) is not None]
 
@@ -219,12 +232,17 @@ def tempered(runs):
     return any(tau < 0.995 for tau in values(runs, "tau"))
 
 
-def cell(numbers, digits):
-    """Return mean ± standard deviation (over n - 1) in so many digits."""
-    if not numbers:
-        return ""
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{sum(numbers) / len(numbers):.{digits}f}{spread}"
+def cell(numbers, digits, interval=False):
+    """Return mean ± standard deviation (over n - 1) in so many digits, or the 95 % interval of the
+    mean by Student's t."""
+    n = len(numbers)
+    if n < 2:
+        return f"{numbers[0]:.{digits}f}" if n else ""
+    mean, std = statistics.fmean(numbers), statistics.stdev(numbers)
+    if interval:
+        half = scipy.stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
+        return f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
 def table(group, rows):
@@ -237,5 +255,5 @@ def table(group, rows):
         options = f"`{group.rows[row]}`" if group.rows[row].startswith("--") else ""
         first = [group.labels.get(row), "tempered" if tempered(runs) else "", options]
         lines.append([", ".join(filter(None, first)), str(len(runs)),
-                      *(cell(cells[row][k], COLUMNS[k][1]) for k in columns)])
+                      *(cell(cells[row][k], COLUMNS[k][1], "interval" in k) for k in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
