@@ -304,9 +304,9 @@ def ring(films, path):
 
 # --------------------------------------------------------------------------------- runs on images
 
-DISTANCES = {           # column of log.csv -> a panel's title
-    "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data",
-    "precision": "precision", "recall": "recall"}
+TO = {                  # column of log.csv -> a panel's title
+    "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data"}
+DISTANCES = TO | {"precision": "precision", "recall": "recall"}
 UNTEMPERED = DISTANCES | {"log_r_std": "std of log r", "ess": "ESS of a batch"}
 HEALTH = {      # the column that gives a fault away: its name, the faulty row, what to see
     "loss_score": ("loss of the fake score", "kl_stale", "stale fake score:\nthe loss rises"),

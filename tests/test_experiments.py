@@ -1,5 +1,6 @@
 """experiments.py, plumbing/results.py and plots.py: every listed run is a command that exists; runs
 are made, kept and found again; tables and pictures say what made-up runs said."""
+import dataclasses
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -247,6 +249,25 @@ def test_images_table_compares_with_kl_of_the_same_seed():
     assert head == "| options | seeds | to the teacher's samples | minus KL's, same seed | tau |"
     assert of_kl == "| `--h kl` | 3 | 2.33 ± 1.53 | 0.00 ± 0.00 | 1.00 ± 0.00 |"
     assert of_sba.startswith("| tempered, `--h sba --lam 5` | 2 | 4.50 ± 2.12 | 1.50 ± 0.71 |")
+
+
+def test_means_of_the_last_measurements_have_the_interval_of_a_paired_t_test():
+    runs, ends = [], {"kl": (2.0, 2.5, 2.25), "be": (2.5, 2.75, 3.5)}
+    for row, seeds in ends.items():
+        for seed, end in enumerate(seeds):
+            log = [dict(kimg=k, to_data=end + d) for k, d in ((5, 9), (15, 3), (18, 1), (30, -1))]
+            runs.append(run_of("settled", row, seed, log))
+    group = dataclasses.replace(GROUPS["settled"], columns=("to_data", "interval_data", "range"),
+                                last=2)
+    _, _, of_kl, of_be = table(group, rows_of(kept(*runs), group)).splitlines()
+    low, high = scipy.stats.ttest_rel(ends["be"], ends["kl"]).confidence_interval(0.95)
+    assert of_kl.endswith("| 3 | 2.25 ± 0.25 | 0.00 to 0.00 | 4.00 ± 0.00 |")
+    assert of_be.endswith(f"| 3 | 2.92 ± 0.52 | {low:.2f} to {high:.2f} | 4.00 ± 0.00 |")
+
+
+def test_costs_are_of_eight_modes_over_those_of_one():
+    """Of results/divergence.txt: far below 1 where h is KL's, and far above for lambda = 5."""
+    assert experiments.costs()[0] < 0.1 and experiments.costs()[5] > 1e5
 
 
 # -------------------------------------------------------------------------------------- pictures
