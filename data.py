@@ -218,7 +218,7 @@ def read_cifar10(files, read, split):
     names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     for name in names:
         if name not in files:
-            raise ValueError(f"no {name} in it: take {CIFAR10[0]}, as it is")
+            raise ValueError(f"no {name} in it: take {CIFAR10[0]}, and give that file")
     records = np.frombuffer(b"".join(read(files[name]) for name in names), np.uint8)
     records = records.reshape(-1, 3073)
     return records[:, 1:].copy().reshape(-1, 3, 32, 32), records[:, 0]

@@ -238,7 +238,7 @@ def cell(numbers, digits, interval=False):
     n = len(numbers)
     if n < 2:
         return f"{numbers[0]:.{digits}f}" if n else ""
-    mean, std = statistics.fmean(numbers), statistics.stdev(numbers)
+    mean, std = sum(numbers) / n, statistics.stdev(numbers)
     if interval:
         half = scipy.stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
         return f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
