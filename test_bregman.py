@@ -227,7 +227,7 @@ def test_erratum_eq_37(name, lam, sigma):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_finite_and_right_in_log_space(name, lam, dtype):
-    """|log r| up to 80: log_weight always, weight wherever the true value fits the dtype."""
+    """|log r| up to 80: log_weight always (and finite at 200), weight wherever it fits the dtype."""
     log_r = torch.cat([torch.linspace(-80, 80, 321), torch.tensor([-1e-6, 0, 1e-6])]).to(dtype)
     b, x = get(name, lam), log_r.double()
     true = {"lr": -torch.log1p(x.exp()), "kl": 0 * x, "be": -x, "ls": x, "sba": lam * x,
@@ -235,6 +235,7 @@ def test_finite_and_right_in_log_space(name, lam, dtype):
             "jeffreys": torch.log1p((-x).exp())}[name]
     got = b.log_weight(log_r)
     assert got.dtype == dtype and got.isfinite().all()
+    assert b.log_weight(torch.tensor([-200, 200], dtype=dtype)).isfinite().all()    # r: 0 and inf
     # tolerances: a few roundings of the dtype, in a log weight of size up to 800
     close(got.double(), true, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
     fits = (true < math.log(torch.finfo(dtype).max)) & (true > math.log(torch.finfo(dtype).tiny))
