@@ -274,7 +274,8 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),
     "paper_rates": ("paper_rates", plots.curves), "paper_setting": ("paper_setting", untempered),
     "paper_100": ("paper_100", untempered), "paper_parts": ("paper_parts", untempered),
-    "settle": ("settle", lambda rows: plots.curves(rows, plots.TO, since=10)), "settled": ("settled", untempered),
+    "settle": ("settle", lambda rows: plots.curves(rows, plots.TO, since=10)),
+    "settled": ("settled", untempered),
 }
 
 

@@ -227,7 +227,7 @@ def test_erratum_eq_37(name, lam, sigma):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_finite_and_right_in_log_space(name, lam, dtype):
-    """|log r| up to 80: log_weight always (and finite at 200), weight wherever it fits the dtype."""
+    """|log r| up to 80: log_weight always, and finite at 200; weight wherever it fits the dtype."""
     log_r = torch.cat([torch.linspace(-80, 80, 321), torch.tensor([-1e-6, 0, 1e-6])]).to(dtype)
     b, x = get(name, lam), log_r.double()
     true = {"lr": -torch.log1p(x.exp()), "kl": 0 * x, "be": -x, "ls": x, "sba": lam * x,

@@ -29,10 +29,10 @@ COLUMNS = {     # key of a run's numbers: the table's head, digits
     "precision": ("precision", 3), "recall": ("recall", 3),
     "is": ("IS", 2), "log_r_std": ("std of log r", 2),
 }
+# a difference to KL -> the distance of which it is one
 LESS_KL = {"less_kl": "to_teacher", "interval": "to_teacher", "interval_data": "to_data"}
 # BE, KL and LS are SBA with these lambdas, so one run
 SBA = {"--h be": "--h sba --lam -1", "--h kl": "--h sba --lam 0", "--h ls": "--h sba --lam 1"}
-OLD = {"guidance": "w", "teacher_samples": "bank"}      # what older runs call an option
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Group:
     common: str = ""                        # options of every row
     seeds: int = 3
     labels: dict = field(default_factory=dict)      # row -> what the table calls it
-    base: str = "kl"                        # the row that less_kl compares with
     last: int = 1                           # measurements that are averaged, at a run's end
     named: bool = False                     # only run when named: it needs a GPU, or other data
 
@@ -96,13 +95,13 @@ def finished(folder, script, options, seed):
     for part in f"{options} --seed {seed}".split("--")[1:] if options.startswith("--") else ():
         flag, _, value = part.strip().partition(" ")
         key = flag.replace("-", "_")
-        has = str(config.get(key, config.get(OLD.get(key))))
+        has = str(config.get(key))
         if key != "preset" and not same(has, value or "True"):
             raise ValueError(f"{folder} was run with --{flag} {has}, and not with {value}")
     log = [{k: round(v, 4) for k, v in row.items()} for row in history]         # in the plane
     if (folder / "log.csv").exists():
         with open(folder / "log.csv") as f:
-            log = [{"is" if k == "score" else k: float(v) for k, v in row.items() if v}
+            log = [{k: float(v) for k, v in row.items() if v}
                    for row in csv.DictReader(line for line in f if not line.startswith("#"))]
     elsewhere = ("h", "lam", "seed", "before", "after")         # in the options, or in the log
     numbers = {k: v for k, v in numbers.items() if k not in elsewhere}
@@ -217,8 +216,8 @@ def make(commands, cwd, at_once):
 # ---------------------------------------------------------------------------------------- tables
 
 def values(runs, key, base=()):
-    """Return a number of each run that has it. Those of LESS_KL are a distance less that of KL's
-    run, of `base`, with the same seed, which draws the same noise."""
+    """Return a number of each run that has it. Those of LESS_KL are a distance minus that of KL's
+    run, in `base`, with the same seed, which draws the same noise."""
     numbers = [run["numbers"] for run in runs]
     if distance := LESS_KL.get(key):
         kl = {run["seed"]: run["numbers"].get(distance) for run in base}
@@ -247,7 +246,7 @@ def cell(numbers, digits, interval=False):
 
 def table(group, rows):
     """Return a group's table in Markdown; a column that no row has is left out."""
-    cells = {row: {k: values(runs, k, rows.get(group.base, ())) for k in group.columns}
+    cells = {row: {k: values(runs, k, rows.get("kl", ())) for k in group.columns}
              for row, runs in rows.items()}
     columns = [k for k in group.columns if any(numbers[k] for numbers in cells.values())]
     lines = [["options", "seeds", *(COLUMNS[k][0] for k in columns)], ["---"] * (2 + len(columns))]

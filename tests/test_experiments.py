@@ -106,7 +106,7 @@ def test_collect_keeps_what_finished(here):
         np.savez(place / "frames.npz", step=np.arange(2), x=x, log_r=x)
         np.save(place / "samples.npy", x[0])
     Image.new("RGB", (7, 5)).save(here / "away/plane_lam/learned_256_5_seed0/picture.png")
-    put(here / "away", "images", "sba_5", 1, [dict(kimg=0, score=1), dict(kimg=16, score=3)])
+    put(here / "away", "images", "sba_5", 1, [{"kimg": 0, "is": 1}, {"kimg": 16, "is": 3}])
     (here / "away/images/kl_seed0").mkdir()                                 # not finished
     (here / "figures").mkdir()
     assert experiments.collect(here / "away") == 3
@@ -120,7 +120,7 @@ def test_collect_keeps_what_finished(here):
     assert Image.open(here / "figures/toy2d_sba_5.png").size == (7, 5)
     run, = rows["images"]["sba_5"]
     assert run["numbers"]["is"] == 3 and len(run["log"]) == 2
-    put(here / "again", "images_every_h", "sba_5", 1, [dict(kimg=6, score=9)])
+    put(here / "again", "images_every_h", "sba_5", 1, [{"kimg": 6, "is": 9}])
     experiments.collect(here / "again")
     assert experiments.all_rows()["images"]["sba_5"] == [run]
 
@@ -130,11 +130,10 @@ def test_collect_keeps_what_finished(here):
     (dict(h="kl"), "--h kl"), (dict(kimg=None), "--kimg None"),
     (dict(data="b.zip"), "--data b.zip, and not with runs/unguided.zip")])
 def test_a_run_of_other_options_is_refused(here, change, said):
-    """One number or file has many spellings, and some options had another name in older runs."""
+    """One number or file has many spellings."""
     place = put(here, "paper_setting", "sba_5", log=[dict(kimg=50)])
     config = json.loads((place / "result.json").read_text())["config"]
-    config |= dict(lr_g=0.00001, kimg=50.0, data="/elsewhere/runs/unguided.zip",
-                   bank=config.pop("teacher_samples"))
+    config |= dict(lr_g=0.00001, kimg=50.0, data="/elsewhere/runs/unguided.zip")
     (place / "result.json").write_text(json.dumps(dict(config=config)))
     assert experiments.collect(here) == 1
     (place / "result.json").write_text(json.dumps(dict(config=config | change)))
