@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ncsnpp
-from ncsnpp import CONFIGS, Conv2d, EDMPrecond, configuration
+from ncsnpp import CONFIGS, EDMPrecond, configuration
 
 FIXTURES = Path(ncsnpp.__file__).parent / "fixtures"
 FIXTURE = {name: dict(resolution=32, channels=3, x_seed=0, sigma=[0.02, 0.8, 40], labels=[1, 4, 9])
@@ -68,9 +68,6 @@ def test_reference(name):
     with torch.device("cpu" if "D_mean" in case else "meta"):           # or shapes alone
         net = EDMPrecond(**config)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == case["tensors"]
-    assert sum(p.numel() for p in net.parameters()) == case["params"]
-    assert (net.resolution, net.channels, net.label_dim) == tuple(
-        case[k] for k in ("resolution", "channels", "label_dim"))
     del config["dropout"]                                       # which leaves no tensors
     levels = [net.resolution >> i for i in range(len(config["channel_mult"]))]
     config["attn_resolutions"] = [s for s in config["attn_resolutions"] if s in levels]
@@ -85,32 +82,22 @@ def test_reference(name):
         close(D_x.std((1, 2, 3)), torch.tensor(case["D_std"]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["compact", "compact-ve", "compact-cond"])
-def test_gradients_reach_every_parameter(name):
-    net = fill(EDMPrecond(**CONFIGS[name] | dict(dropout=0.1))).train()
-    x, sigma = inputs()
-    c = torch.eye(10)[:3] if net.label_dim else None
-    net(x, sigma, c).square().sum().backward()
-    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
 @pytest.mark.parametrize("name", ["compact", "compact-ve"])
 def test_one_pass_gives_image_and_logits(name):
-    """The same as two passes give; encode() leaves the decoder alone."""
-    net, calls = compact(name), []
-    for module_name, module in net.named_modules():
-        if isinstance(module, Conv2d):
-            module.register_forward_hook(lambda *_, name=module_name: calls.append(name))
+    """Logits are the channel mean of the encoder's last features; encode() leaves the decoder."""
+    net, features, decoded = compact(name), [], []
+    net.model.enc["8x8_block0"].register_forward_hook(lambda *call: features.append(call[2]))
+    for module in net.model.dec.values():
+        module.register_forward_hook(lambda *call: decoded.append(module))
     x, sigma = inputs()
     with torch.no_grad():
         D_x, logits = net(x, sigma, return_logits=True)
-        one_pass, calls[:] = list(calls), []
+        assert len(features) == 1 and len(decoded) == len(net.model.dec)
+        close(logits, features[0].mean(1))                      # (3, 8, 8)
         close(net(x, sigma[:, None, None, None]), D_x, rtol=0, atol=0)      # either shape of sigma
-        assert calls == one_pass and len(set(calls)) == len(calls)
-        calls.clear()
+        decoded.clear()
         close(net.encode(x, sigma), logits, rtol=0, atol=0)
-    assert calls == [name for name in one_pass if ".enc." in name]
-    assert logits.shape == (3, 8, 8)
+    assert not decoded
 
 
 def test_gradient_checkpointing_computes_again_instead_of_keeping():
@@ -130,32 +117,18 @@ def test_gradient_checkpointing_computes_again_instead_of_keeping():
             loss = D_x.square().mean() + logits.mean()
         loss.backward()
         grads.append([p.grad for p in net.parameters()])
+    assert all(grad.any() for grad in grads[0])                 # every parameter is reached
     close(grads[1], grads[0])
     assert kept[1] < 0.4 * kept[0]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_autocast(dtype, tolerance):
-    net = compact("compact-ve")
-    x, sigma = inputs(2)
-    reference = net(x, sigma)
-    with torch.autocast("cpu", dtype):
+def test_half_precision_is_near_and_returns_float32():
+    net, (x, sigma) = compact("compact-ve"), inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         D_x, logits = net(x, sigma, return_logits=True)
-        D_x.square().mean().backward()
     assert D_x.dtype == logits.dtype == torch.float32
-    assert (D_x - reference).std() < tolerance * reference.std()
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_channels_last_and_batch_size_change_nothing():
-    net = compact()
-    x, sigma = inputs()
-    with torch.no_grad():
-        D_x = net(x, sigma)
-        close(torch.cat([net(x[i:i + 1], sigma[i].item()) for i in range(3)]), D_x,
-              rtol=0, atol=1e-5)
-        net.to(memory_format=torch.channels_last)
-        close(net(x.contiguous(memory_format=torch.channels_last), sigma), D_x, rtol=0, atol=1e-5)
+    reference = net(x, sigma)
+    assert (D_x - reference).std() < 0.05 * reference.std()
 
 
 def test_before_training_the_denoiser_is_c_skip_x():
@@ -169,27 +142,20 @@ def test_before_training_the_denoiser_is_c_skip_x():
     assert 0.9 * bound < net.model.enc["32x32_conv"].weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("config", [
-    dict(resolution=20, model_channels=8, channel_mult=[2], num_blocks=1, attn_resolutions=[20],
-         augment_dim=3, encoder_type="standard", resample_filter=[1, 1]),   # nothing is resampled
-    dict(resolution=160, model_channels=4, channel_mult=[1, 2, 1, 1], num_blocks=2,
-         attn_resolutions=[160, 20], label_dim=2)])
-def test_configuration_is_read_from_the_tensors(config):
-    config = CONFIGS["compact-ve"] | dict(channels=2, label_dim=0) | config
+def test_configuration_is_read_from_the_tensors_in_any_order():
+    config = CONFIGS["compact-ve"] | dict(
+        resolution=160, channels=2, model_channels=4, channel_mult=[1, 2, 1, 1], num_blocks=2,
+        attn_resolutions=[160, 20], label_dim=2, augment_dim=3)
     del config["dropout"]
     with torch.device("meta"):
         state = EDMPrecond(**config).state_dict()
-    assert configuration(dict(sorted(state.items()))) == config         # in any order
+    assert configuration(dict(sorted(state.items()))) == config
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("model.dec.8x8_in0.proj.bias"), "model.dec.8x8_in0.proj.bias is missing"),
-    (lambda s: s.update({"model.extra": torch.ones(3)}), "model.extra does not belong"),
-    (lambda s: s.update({"model.map_layer1.weight": torch.ones(64, 63)}),
-     r"model.map_layer1.weight is \(64, 63\), not \(64, 64\)"),
-    (lambda s: s.update({"model.out_conv.weight": torch.ones(3)}), "ADM, .* examples/imagenet64"),
-    (lambda s: (s.clear(), s.update(conv1=torch.ones(3))), "not DDPM.* named model.enc"),
-])
+    (lambda s: s.pop("model.dec.8x8_in0.proj.bias"), "8x8_in0.proj.bias is missing"),
+    (lambda s: s.update({"model.map_layer1.weight": torch.ones(64, 63)}), r"\(64, 63\), not"),
+    (lambda s: (s.clear(), s.update(conv1=torch.ones(3))), "not DDPM")])
 def test_tensors_of_no_such_network(change, message):
     state = EDMPrecond(**CONFIGS["compact"]).state_dict()
     change(state)
@@ -198,8 +164,7 @@ def test_tensors_of_no_such_network(change, message):
 
 
 def test_bad_input():
-    x, sigma = inputs()
     with pytest.raises(ValueError, match="labels"):
-        EDMPrecond(**CONFIGS["compact-cond"])(x, sigma)
-    with pytest.raises(ValueError, match="multiples of 4, such as 28 or 32, not 30"):
+        EDMPrecond(**CONFIGS["compact-cond"])(*inputs())
+    with pytest.raises(ValueError, match="multiples of 4.* not 30"):
         EDMPrecond(resolution=30, **CONFIGS["compact"])
