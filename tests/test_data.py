@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +32,11 @@ def images(*names):
 
 
 def write(path, files):
-    """Write `files`, name to bytes, as a folder, .zip or .tar.gz, or arrays, by name, as an .npz;
-    return its path."""
+    """Write `files`, name to bytes, as a folder, .zip or .tar.gz, or arrays, by name, as an .npz,
+    or bytes as they are; return its path."""
+    if isinstance(files, bytes):
+        path.write_bytes(files)
+        return path
     if path.suffix == ".npz":
         np.savez(path, **files)
         return path
@@ -49,9 +50,9 @@ def write(path, files):
     return path
 
 
-def refused(path, *words, kind=ValueError, **how):
+def refused(path, *words, **how):
     """Check that load_images raises one line that names the path and has each of the words."""
-    with pytest.raises(kind) as e:
+    with pytest.raises(ValueError) as e:
         load_images(path, **how)
     message = str(e.value)
     assert str(path) in message and "\n" not in message, message
@@ -72,46 +73,24 @@ SPLIT = [f"{s}/{c}/0.png" for s in ("train", "test", "val") for c in ("cat", "do
 @pytest.mark.parametrize("names, split, order, labels", [
     (["a.png", "b.png"], "train", [0, 1], None),
     (["0/a.png", "10/a.png", "2/a.png", "1/a.png"], "train", [0, 3, 2, 1], [0, 1, 2, 3]),
-    (["cat/0.png", "cat-2/0.png", "cat/1.png"], "train", [0, 2, 1], [0, 0, 1]),
     (["cat/in/0.png", "dog/in/0.png", "cat/out/0.png"], "train", [0, 2, 1], [0, 0, 1]),
     (["a/test/0.png", "b/cat/0.png"], "train", [0, 1], [0, 1]),         # deeper than splits lie
     (SPLIT, "train", [0, 1], [0, 1]), (SPLIT, "test", [2, 3], [0, 1]),
     (SPLIT[:2] + SPLIT[4:], "test", [2, 3], [0, 1]),                    # val where there is no test
-    (["Validation/a.png", "Train/a.png"], "train", [1], None),
-    (["train/a/0.png", "train/b/0.png", "test/b/0.png"], "test", [2], [1]),
-    (["train/x/a/0.png", "train/x/b/0.png", "test/x/b/0.png"], "train", [0, 1], [0, 1]),
-    (["train/a/0.png", "train/b/0.png", "test/0.png"], "test", [2], None)])
+    (["Train/a/0.png", "Train/b/0.png", "test/b/0.png"], "test", [2], [1]),
+    (["train/x/a/0.png", "train/x/b/0.png", "test/x/b/0.png"], "train", [0, 1], [0, 1])])
 @pytest.mark.parametrize("around, kind", [("", "set"), ("one/two/", "a.zip")])
 def test_folders_are_splits_and_classes(tmp_path, names, split, order, labels, around, kind):
     files = images(*(around + n for n in names)) | {around + "readme.txt": b"hello"}
     same(load_images(write(tmp_path / kind, files), split), EXPECTED[order], labels)
 
 
-def test_what_was_found_is_said_and_what_is_no_image(tmp_path, capsys, monkeypatch):
+def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys):
     junk = {"__MACOSX/set/a.png": b"junk", "set/.DS_Store": b"junk", "set/._b.png": b"junk",
-            "set/Thumbs.db": b"junk", "set/c.gif": b"GIF", "set/d.GIF": b"GIF", "set/e.tif": b"II"}
-    path = write(tmp_path / "a.zip", images("set/a.png") | junk)
-    same(load_images(path), EXPECTED[:1])
+            "set/c.gif": b"GIF", "set/d.GIF": b"GIF", "set/e.tif": b"II"}
+    same(load_images(write(tmp_path / "a.zip", images("set/a.png") | junk)), EXPECTED[:1])
     said = capsys.readouterr().err
-    assert " ".join(said.split()) == (f"{path}: 1 image of 8 x 8, RGB; no labels; 1 .tif files are "
-                                      "not read; 2 .gif files are not read")
-    assert all(len(line) <= max(80, len(str(path)) + 1) for line in said.splitlines())
-    path = write(tmp_path / "splits", images(*SPLIT))
-    load_images(path)
-    assert " ".join(capsys.readouterr().err.split()) == (
-        f"{path}: 2 images of 8 x 8, RGB; 2 classes from folders; the split train (of test, train, "
-        "val)")
-    monkeypatch.setenv("RANK", "1")                             # another process of the same run
-    load_images(path)
-    assert not capsys.readouterr().err
-
-
-def test_links_are_followed(tmp_path):
-    write(tmp_path / "real", images("0.png", "1.png"))
-    (tmp_path / "set/cat").mkdir(parents=True)
-    (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "real/1.png")
-    (tmp_path / "set/dog").symlink_to(tmp_path / "real")
-    same(load_images(tmp_path / "set"), EXPECTED[[1, 0, 1]], [0, 1, 1])
+    assert "1 image" in said and "1 .tif" in said and "2 .gif" in said
 
 
 @pytest.mark.parametrize("where, other", [("", "other/"), ("train/", "")])
@@ -127,67 +106,45 @@ def test_dataset_json_decides(tmp_path, where, other, labels):
     same(load_images(write(tmp_path / "b", files)), EXPECTED, labels)
 
 
-def listed(*labels):
-    return {"dataset.json": json.dumps({"labels": labels}).encode(), **images("a.png", "b.png")}
-
-
 @pytest.mark.parametrize("name, files, split, words", [
     # what can mean two things
     ("set", images("cat/0.png", "dog/0.png", "preview.png"), "train", ["preview.png", "cat"]),
     ("set", images("train/0.png", "test/0.png", "bus/0.png"), "train", ["bus/0.png"]),
     ("set", images("cat/train/0.png", "dog/test/0.png"), "train", ["cat/train/0.png"]),
     ("set", images("cat/0.png", "dog/0.png"), "test", ["no test images"]),
-    ("set", images("Test/0.png"), "train", ["only test"]),
-    ("a.npz", {"images": PIXELS}, "test", ["no test images"]),
-    # no images
-    ("set", {"a.txt": b"", "cat.gif": b""}, "train", ["no images", "1 .gif files are not read"]),
-    ("a.tar.gz", images("a.png"), "train", ["no images"]),
+    # no images, broken ones, and a format that is not read, whatever its name
+    ("set", {"a.txt": b"", "cat.gif": b""}, "train", ["no images", "1 .gif"]),
     ("a.npz", {"images": PIXELS[:0]}, "train", ["no images"]),
-    # broken
-    ("set", images("a.png", "c.png") | {"b.png": png(PIXELS[0])[:90]}, "train",
-     ["b.png", "truncated", "1 of 3", "other 2 are fine"]),
+    ("set", images("a.png", "c.png") | {"b.png": png(PIXELS[0])[:90]}, "train", ["b.png", "1 of"]),
     ("set", {"b.png": png(PIXELS[0], kind="GIF")}, "train", ["b.png: not a PNG"]),
-    ("a.zip", listed() | {"dataset.json": b"{"}, "train", ["dataset.json", "EDM"]),
-    ("a.zip", listed(["a.png", 1]), "train", ["dataset.json", "b.png"]),
-    ("a.zip", listed(["a.png", 1], ["b.png", 1.5]), "train", ["dataset.json", "whole numbers"]),
-    ("set", {name: blob for name, blob in BATCHES.items() if "3" not in name}, "train",
-     ["no data_batch_3.bin", "take https://www.cs.toronto.edu"]),
-    ("a.tar.gz", {"cifar-10-batches-py/data_batch_1": b"torchvision's pickle"}, "train",
-     ["no data_batch_1.bin", "take https://www.cs.toronto.edu"]),
-    # arrays of another kind
-    ("a.npz", {"images": PIXELS, "targets": [1] * 6}, "train", ["images, targets"]),
-    ("a.npz", {}, "train", ["called nothing"]),
-    ("a.npz", {"arr_0": PIXELS, "labels": [1] * 6}, "train", ["arr_0, labels"]),
-    ("a.npz", {"images": PIXELS / 255}, "train", ["float64"]),
-    ("a.npz", {"images": PIXELS[..., :2]}, "train", ["(6, 8, 8, 2)"]),
-    ("a.npz", {"images": PIXELS[0]}, "train", ["(8, 8, 3)"]),                # one image, not a set
+    ("text.zip", b"hello", "train", []), ("text.npy", b"hello", "train", []),
+    # labels that do not fit the images
+    ("a.zip", images("a.png", "b.png") | {"dataset.json": b'{"labels": [["a.png", 1]]}'}, "train",
+     ["dataset.json", "b.png"]),
     ("a.npz", {"images": PIXELS, "labels": [-3, 0, 0, 0, 0, 0]}, "train", ["labels"]),
-    ("a.npz", {"images": PIXELS, "labels": [1, 2]}, "train", ["labels"])])
+    ("a.npz", {"images": PIXELS, "labels": [1, 2]}, "train", ["labels"]),
+    # CIFAR-10 in part and as torchvision's pickle, and arrays of another kind
+    ("set", {name: blob for name, blob in BATCHES.items() if "3" not in name}, "train",
+     ["no data_batch_3.bin"]),
+    ("a.tar.gz", {"cifar-10-batches-py/data_batch_1": b"pickle"}, "train", ["no data_batch_1.bin"]),
+    ("a.npz", {"images": PIXELS, "targets": [1] * 6}, "train", ["images, targets"]),
+    ("a.npz", {"images": PIXELS / 255}, "train", ["float64"]),
+    ("a.npz", {"images": PIXELS[0]}, "train", ["(8, 8, 3)"])])              # one image, not a set
 def test_what_is_no_set_is_refused_in_a_line(tmp_path, name, files, split, words):
     refused(write(tmp_path / name, files), *words, split=split)
 
 
-def test_broken_files(tmp_path):
-    for name in ("text.npy", "text.npz", "text.tar", "text.zip", "text"):
-        (tmp_path / name).write_text("hello")
-        refused(tmp_path / name)
-    refused(tmp_path / "nowhere", "no such", kind=FileNotFoundError)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/text.zip: not a PNG"):
-        open_image(tmp_path / "text.zip")
-
-
 # ------------------------------------------------------------------------------------ one image
 
-def test_exif_turns_upright(tmp_path, capsys):
+def test_exif_turns_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     photo = png(PIXELS[0, :, :6], kind="WebP", lossless=True, exif=exif.tobytes())
     got = load_images(write(tmp_path / "phone", {"a.webp": photo}))[0][0]
     assert np.array_equal(got.permute(1, 2, 0), np.rot90(PIXELS[0, :, :6], -1))
-    assert "turned upright" in capsys.readouterr().err
 
 
-def test_transparency_is_laid_on_white(tmp_path, capsys):
+def test_transparency_is_laid_on_white(tmp_path):
     alpha = np.random.RandomState(1).randint(0, 256, (8, 8, 1), dtype=np.uint8)
     share = alpha.astype(float) / 255
     for colours, channels in ((PIXELS[0], 3), (PIXELS[0, :, :, :1], 1)):
@@ -195,33 +152,23 @@ def test_transparency_is_laid_on_white(tmp_path, capsys):
         wanted = share * colours + (1 - share) * 255
         got = load_images(path)[0][0].permute(1, 2, 0).numpy()
         assert got.shape == (8, 8, channels) and np.abs(got - wanted).max() <= 1    # rounding
-        assert capsys.readouterr().err.count("transparency laid on white") == 1
-    index = PIXELS[0, :, :, 0] // 64
-    palette = Image.fromarray(index).convert("P")                       # colours 0 to 3
-    palette.putpalette([9, 9, 9, 90, 0, 0, 0, 90, 0, 0, 0, 90])
-    palette.save(tmp_path / "p.png", transparency=0)
-    got = np.array(open_image(tmp_path / "p.png"))
-    assert (got[index == 0] == 255).all() and (got[index == 1] == [90, 0, 0]).all()
 
 
-def test_16_bits_give_their_high_byte(tmp_path, capsys):
+def test_16_bits_give_their_high_byte(tmp_path):
     values = np.random.RandomState(2).randint(0, 65536, (8, 6), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     same(load_images(tmp_path / "a.png"), torch.from_numpy(values // 256)[None, None].byte())
-    assert capsys.readouterr().err.count("16 bits cut to their high byte") == 1
 
 
-def test_grey_sets_have_one_channel_mixed_ones_three(tmp_path, capsys):
+def test_grey_sets_have_one_channel_mixed_ones_three(tmp_path):
     grey = {f"{i}.png": png(PIXELS[i, :, :, 0]) for i in range(2)}
     same(load_images(write(tmp_path / "grey", grey)), GREY[:2])
-    assert "8 x 8, grey;" in capsys.readouterr().err
     for name, order in (("9.png", [0, 1, 2]), ("-.png", [2, 0, 1])):    # as the last, as the first
         got = load_images(write(tmp_path / name[0], grey | {name: png(PIXELS[2])}))[0]
         assert torch.equal(got, torch.cat([GREY[:2].expand(-1, 3, 8, 8), EXPECTED[2:3]])[order])
-        assert "grey made RGB" in capsys.readouterr().err
 
 
-def test_middle_squares(tmp_path, capsys, monkeypatch):
+def test_middle_squares(tmp_path):
     big = np.random.RandomState(3).randint(0, 256, (40, 65, 3), dtype=np.uint8)
     files = {"a.png": png(big), "b.png": png(big[:33, :20]), "c.png": png(PIXELS[0])}
     path = write(tmp_path / "set", files)
@@ -230,13 +177,9 @@ def test_middle_squares(tmp_path, capsys, monkeypatch):
     for image, square in zip(got, (big[:, 12:52], big[6:26, :20])):
         assert np.array_equal(image, Image.fromarray(square).resize((8, 8), Image.LANCZOS))
     assert np.array_equal(got[2], PIXELS[0])                            # has the size: untouched
-    assert "resized to 8 x 8" in capsys.readouterr().err
-    np.savez(tmp_path / "a.npz", x_train=big[None], x_test=big[None, :33, :20])
-    for mapped in (data.MAPPED, 1):                                     # a small set, a large one
-        monkeypatch.setattr(data, "MAPPED", mapped)
-        for split, wanted in (("train", got[0]), ("test", got[1])):
-            resized = load_images(tmp_path / "a.npz", split, size=8)[0]
-            assert np.array_equal(resized[0].permute(1, 2, 0), wanted)
+    np.savez(tmp_path / "a.npz", images=big[None])
+    resized = load_images(tmp_path / "a.npz", size=8)[0]
+    assert np.array_equal(resized[0].permute(1, 2, 0), got[0])
 
 
 # ------------------------------------------------------------------------- arrays and CIFAR-10
@@ -269,82 +212,44 @@ def test_cifar10(tmp_path, name):
         same(load_images(path, split), torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32),
              records[:, 0].tolist())
 
-# -------------------------------------------------------------------------- memory and large sets
 
-def test_a_set_is_in_memory_once(tmp_path, monkeypatch):
-    blob = png(PIXELS[0].repeat(16, 0).repeat(16, 1))               # 128 x 128
-    path = write(tmp_path / "set", {f"{i % 10}/{i}.png": blob for i in range(400)})
-    tracemalloc.start()
-    pixels = load_images(path)[0]
-    assert tracemalloc.get_traced_memory()[1] < 1.5 * pixels.nbytes     # 20 MB
-    np.save(tmp_path / "a.npy", pixels.permute(0, 2, 3, 1).numpy())
-    monkeypatch.setattr(data, "MAPPED", pixels.nbytes)              # large: mapped as it is
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
-    assert torch.equal(load_images(tmp_path / "a.npy")[0], pixels)
-    assert tracemalloc.get_traced_memory()[1] - before < pixels.nbytes / 10
-    tracemalloc.stop()
+# ---------------------------------------------------------------------- large sets and downloads
 
-
-@pytest.fixture
-def decoded(tmp_path, monkeypatch):
-    """Let six images count as large; return the images that were decoded."""
-    decoded = []
-    monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)
+@pytest.mark.parametrize("writable", [True, False])
+def test_large_sets_are_decoded_once_and_mapped(tmp_path, monkeypatch, writable):
+    """From a file beside the set or, where one can't write there, in the cache."""
+    path, decoded = tmp_path / "photos.zip", []
+    monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)              # six images count as large
     monkeypatch.setattr(data, "open_image", lambda *a: decoded.append(a) or open_image(*a))
+    monkeypatch.setattr(os, "access", lambda folder, mode: writable)
     monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "cache"))
-    return decoded
-
-
-def test_large_sets_are_decoded_once_and_mapped(tmp_path, decoded, capsys):
-    path = tmp_path / "photos.zip"
     save_images(EXPECTED, path, torch.arange(6))
     for times in (7, 9):                        # a set's first image says its size and its mode
         pixels, labels = load_images(path)
         same((pixels, labels), EXPECTED, [0, 1, 2, 3, 4, 5])
         assert len(decoded) == times
         pixels.zero_()                                              # in memory, not in the file
-    file = Path(capsys.readouterr().err.rsplit("memory-mapped from")[-1].strip())
-    assert file.parent == path.parent and np.array_equal(np.load(file), EXPECTED)
+    kept = tmp_path if writable else tmp_path / "cache"
+    assert [*tmp_path.rglob("*.npy")] == [*kept.glob("photos.zip.*.npy")] != []
     assert load_images(path, size=16)[0].shape == (6, 3, 16, 16)
     save_images(EXPECTED.flip(0), path)                             # another set of this name
     same(load_images(path), EXPECTED.flip(0))
 
 
-def test_large_folders_where_one_cannot_write(tmp_path, decoded, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda folder, mode: False)
-    grey = {f"{i}.png": png(PIXELS[i, :, :, 0]) for i in range(5)}
-    wanted = torch.cat([GREY[:5].expand(-1, 3, 8, 8), EXPECTED[5:]])
-    path = write(tmp_path / "set", grey | {"5.png": b"hello"})
-    refused(path, "5.png")
-    assert not list((tmp_path / "cache").glob("*"))                 # nothing half made is left
-    write(path, {"5.png": png(PIXELS[5])})
+def test_large_arrays_are_mapped_and_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)
+    np.save(tmp_path / "a.npy", PIXELS)
     for _ in range(2):
-        before = len(decoded)
-        same(load_images(path), wanted)                             # grey at first, then in colour
-    assert len(decoded) == before + 7
-    write(path, {"4.png": png(255 - PIXELS[4, :, :, 0])})           # other pixels, the same name
-    os.utime(path / "4.png", (2e9, 2e9))
-    assert torch.equal(load_images(path)[0][4, 0], 255 - wanted[4, 0])
-    assert len(list((tmp_path / "cache").glob("set.*.npy"))) == 2
-    assert [*tmp_path.glob("*.npy")] == []
+        pixels = load_images(tmp_path / "a.npy")[0]
+        assert torch.equal(pixels, EXPECTED)
+        pixels.zero_()
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.npy"]
 
 
-# ------------------------------------------------------------------------------------- downloads
-
-def test_cifar10_is_downloaded_once_and_kept_where_one_says(tmp_path, monkeypatch):
-    web = write(tmp_path / "cifar.tar.gz", BATCHES)
+def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
+    web, cache = write(tmp_path / "cifar.tar.gz", BATCHES), tmp_path / "cache"
     archive = web.read_bytes()
     monkeypatch.setattr(data, "CIFAR10", (web.as_uri(), hashlib.sha256(archive).hexdigest()))
-    monkeypatch.setenv("DI_BREGMAN_CACHE", str(web / "cache"))      # in a file
-    with pytest.raises(OSError, match="cifar.tar.gz/cache.*set DI_BREGMAN_CACHE"):
-        load_images("cifar10")
-    monkeypatch.delenv("DI_BREGMAN_CACHE")
-    with monkeypatch.context() as patch:
-        patch.setattr(os.path, "expanduser", lambda path: path)     # as where there is no home
-        with pytest.raises(OSError, match="home.*set DI_BREGMAN_CACHE"):
-            load_images("cifar10")
-    cache = tmp_path / "cache"
     monkeypatch.setenv("DI_BREGMAN_CACHE", str(cache))
     with pytest.raises(OSError, match=f"refused.*put it at {cache}/w.pth"):
         download("http://127.0.0.1:9/w.pth")
@@ -355,7 +260,7 @@ def test_cifar10_is_downloaded_once_and_kept_where_one_says(tmp_path, monkeypatc
     web.write_bytes(archive)
     assert load_images("cifar10")[0].shape == (20, 3, 32, 32)
     web.unlink()                                                    # from now on from the cache
-    assert load_images("cifar10", "test", size=16)[0].shape == (4, 3, 16, 16)
+    assert load_images("cifar10", "test")[0].shape == (4, 3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------ images out
@@ -368,7 +273,7 @@ def test_save_images_reads_back(tmp_path, pixels, name, labels):
         save_images(pixels, tmp_path / folder / name, labels and torch.tensor(labels))
         same(load_images(tmp_path / folder / name), pixels, labels)
     assert (tmp_path / "new folder" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    with pytest.raises(ValueError, match="a.png: .* as .npz or .zip"):
+    with pytest.raises(ValueError, match="a.png"):
         save_images(EXPECTED, tmp_path / "a.png")
 
 
