@@ -9,8 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from plumbing.cli import (count, nonnegative, parser, positive, real, run_main, share, torch_device,
-                          whole)
+from plumbing.cli import count, parser, positive, real, run_main, share, torch_device
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -21,21 +20,14 @@ class Config:
     batch: count = 32           # images a step
     kind: Literal["one", "two"] = "one"     # one: a thing; two: 50 % of
                                 # another
-    lr: positive = 1e-3         # the rate
     flip: bool = False          # as a mirror does
     out: str = ""               # the folder
-
-    def __post_init__(self):
-        local: int = 3          # no option's help
-        assert local
 
 
 @pytest.mark.parametrize("kind, good, bad", [
     (count, {"1": 1, "2147483647": 2 ** 31 - 1}, ("0", "-1", "2.5", "1e3", "2147483648")),
-    (whole, {"0": 0, "7": 7}, ("-1", "0.5", "inf")),
     (real, {"-3.5": -3.5, "1e300": 1e300}, ("nan", "inf", "-inf", "1e999", "five")),
     (positive, {"1e-12": 1e-12, "1e12": 1e12}, ("0", "-1", "nan", "inf")),
-    (nonnegative, {"0": 0.0, "1e12": 1e12}, ("-1e-9", "nan", "inf")),
     (share, {"0": 0.0, "1": 1.0, "0.25": 0.25}, ("-0.01", "1.01", "nan")),
     (torch_device, {"cpu": "cpu"}, ("cuda:99", "gpu", "", "meta"))])
 def test_types_take_what_is_in_range_and_name_the_option(kind, good, bad, capsys):
@@ -54,8 +46,7 @@ def test_types_take_what_is_in_range_and_name_the_option(kind, good, bad, capsys
 def test_an_old_python_is_named_in_one_line():
     code = "import sys; sys.version_info = (3, 10); import toy2d"
     said = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
-    assert said.returncode and said.stderr.startswith("Python 3.11 or later is needed; this is 3.")
-    assert said.stderr.count("\n") == 1
+    assert said.returncode and "Python 3.11" in said.stderr and said.stderr.count("\n") == 1
 
 
 def test_fields_are_options_whose_comments_are_their_help(capsys):
@@ -63,41 +54,23 @@ def test_fields_are_options_whose_comments_are_their_help(capsys):
     given = vars(p.parse_args("--kind TWO --batch 5 --flip".split()))
     assert given == dict(batch=5, kind="two", flip=True)        # what was not given is not there
     assert vars(p.parse_args(["--no-flip"])) == dict(flip=False)
-    with pytest.raises(SystemExit, match="0"):
-        p.parse_args(["--help"])
+    for args, status in (("--bat=3", "2"), ("--kind=three", "2"), ("--help", "0")):
+        with pytest.raises(SystemExit, match=status):
+            p.parse_args([args])
     said = " ".join(capsys.readouterr().out.split())
-    for line in ("It does a thing.", "--batch BATCH images a step (32)", "--lr LR the rate (0.001)",
-                 "--kind {one,two} one: a thing; two: 50 % of another (one)",
-                 "--no-flip as a mirror does (False)"):
-        assert line in said, line
-    assert said.endswith("--out OUT the folder") and "no option's" not in said
-
-
-@pytest.mark.parametrize("args, message", [
-    ("--batch 0", "argument --batch: must be a whole number, at least 1, not '0'"),
-    ("--kind three", "argument --kind: invalid choice: 'three' (choose from"),
-    ("--bat 3", "unrecognized arguments: --bat 3")])
-def test_an_unusable_option_is_one_line_and_status_2(args, message, capsys, monkeypatch):
-    """Of several processes only the first says so."""
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit, match="2"):
-            parser("x.py", "", Config).parse_args(args.split())
-        said = capsys.readouterr().err
-        assert said.count("\n") == lines and (not lines or said.startswith(f"x.py: {message}"))
+    assert "--batch BATCH images a step (32)" in said
+    assert "--kind {one,two} one: a thing; two: 50 % of another (one)" in said
+    assert said.endswith("--out OUT the folder")
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Return what run_main prints on standard error and its status, for a main that raises."""
-    def call(error, **environment):
+    def call(error):
         def main(argv):
-            assert argv == ["--a", "b"]
             if error is not None:
                 raise error
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["folder/script.py", "--a", "b"])
+        monkeypatch.setattr(sys, "argv", ["folder/script.py"])
         with pytest.raises(SystemExit) as e:
             run_main(main)
         return capsys.readouterr().err, e.value.code
@@ -108,30 +81,25 @@ def script(monkeypatch, capsys):
     (ValueError("--lam is\n  nothing"), "--lam is nothing"),
     (FileNotFoundError(2, "No such file", "a.pt"), "No such file: a.pt"),
     (FloatingPointError("step 3: nan"), "step 3: nan"), (MemoryError(), "not enough memory"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
-     "not enough memory, try a smaller --batch: CUDA out of memory. Tried"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmuch"),
-     "not enough memory, try a smaller --batch: DefaultCPUAllocator: can't allocate memory: "
-     "you tried")], ids=repr)
+    (torch.OutOfMemoryError("Tried\nto"), "not enough memory, try a smaller --batch: Tried"),
+    (RuntimeError("can't allocate memory"),
+     "not enough memory, try a smaller --batch: can't allocate memory")], ids=repr)
 def test_what_a_user_can_cause_is_one_line_and_status_2(script, error, line):
     assert script(error) == (f"script.py: {line}\n", 2)
 
 
-def test_a_bug_keeps_its_traceback_and_ctrl_c_its_status(script):
-    for bug in (RuntimeError("shapes cannot be multiplied"), KeyError("x")):
-        with pytest.raises(type(bug)):
-            script(bug)
+def test_a_bug_keeps_its_traceback_and_ctrl_c_its_status(script, monkeypatch):
+    with pytest.raises(RuntimeError):
+        script(RuntimeError("shapes cannot be multiplied"))
     assert script(None) == ("", None) and script(KeyboardInterrupt()) == ("", 130)
-    # before the processes have met, all of them fail alike, and one prints
-    assert script(ValueError("no"), RANK="1", WORLD_SIZE="2") == ("", 2)
+    monkeypatch.setenv("RANK", "1")     # before they have met all fail alike, and one prints
+    assert script(ValueError("no")) == ("", 2)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_console_without_a_character_loses_only_that(encoding):
+def test_a_console_without_a_character_loses_only_that():
     code = ("from plumbing.cli import run_main\ndef main(argv):\n    print('1 ± 2 \u2016 3')\n"
             "    raise ValueError('λ is 0')\nrun_main(main)")
     ran = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True,
-                         env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert ran.returncode == 2 and ran.stdout.decode(encoding).strip() == (
-        "1 ? 2 ? 3" if encoding == "ascii" else "1 ± 2 ? 3")
-    assert ran.stderr.decode(encoding).endswith(": ? is 0" + os.linesep)
+                         env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert ran.returncode == 2 and ran.stdout.decode("cp1252").strip() == "1 ± 2 ? 3"
+    assert ran.stderr.decode("cp1252").endswith(": ? is 0" + os.linesep)
