@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "log_r_low", "ess")
 IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "is")
 TEMPERED, AS_IS = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
+INTERVALS = ("to_teacher", "interval", "to_data", "interval_data", *AS_IS[3:])
 
 EVERY_H = {
     "be": "--h be", "sba_-0.5": "--h sba --lam -0.5", "kl": "--h kl", "lr": "--h lr",
@@ -112,6 +113,10 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
+TRIED = {"kl": "--h kl"} | {name: f"--h kl {options}" for name, options in {     # bare command's
+    "fake2": "--fake-updates 2 --lr-f 2e-4", "batch16": "--batch 16", "batch64": "--batch 64",
+    "wait1": "--wait-kimg 1", "decay2": "--decay-kimg 2", "decay8": "--decay-kimg 8",
+    "ema1": "--ema-kimg 1", "lr_g_3e-4": "--lr-g 3e-4"}.items()}
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,
@@ -122,6 +127,8 @@ SETTING = (f"{UNCONDITIONAL} --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 
 PAPER = f"{SETTING} --decay-kimg 0 --eval-every 5 --data runs/unguided.zip"      # 50,000 others
 RATED = f"{PAPER} --lr-g {RATE} --lr-f {RATE}"
 REAL = f"{SETTING} --data runs/cifar10_jpeg.npz"
+SETTLED = f"{REAL} --eval-every 2.5 --kimg 30 --lr-g 3e-5 --lr-f 9e-5 --decay-kimg 10"
+PARTS = {f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")}
 SETTLE = {              # rates of generator and fake score, and whether they fall
     "kl_x1": "--h kl --lr-g 1e-5 --lr-f 1e-5 --decay-kimg 0",
     "kl_x3": "--h kl --lr-g 1e-5 --lr-f 3e-5 --decay-kimg 0",
@@ -152,6 +159,8 @@ GROUPS = {
     "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR,
                   THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                   f"{CONDITIONAL} --kimg 16 --eval-every 2"),
+    "bare_tried": Group("what else was tried", CIFAR, TRIED, TEMPERED,
+                        f"{CONDITIONAL} --kimg 16 --eval-every 2", seeds=1),
     "images": Group("16,000 images, weights tempered", CIFAR,
                     THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                     f"{UNCONDITIONAL} --kimg 16 --eval-every 2"),
@@ -169,19 +178,20 @@ GROUPS = {
     "paper_setting": Group("the paper's setting, nothing tempered", CIFAR, THREE, AS_IS,
                            f"{RATED} --kimg 50"),
     "paper_100": Group("the same, 100,000 images", CIFAR, TWO, AS_IS, f"{RATED} --kimg 100"),
-    "paper_parts": Group("the same, a part of the weight", CIFAR, TWO | {
-        f"sba_5_{part}": f"--h sba --lam 5 --part {part}" for part in ("level", "sample")},
-        AS_IS, f"{RATED} --kimg 50", seeds=1),
+    "paper_parts": Group("the same, a part of the weight", CIFAR, TWO | PARTS, AS_IS,
+                         f"{RATED} --kimg 50", seeds=1),
     "settle": Group("which rates settle, real images for p", CIFAR, SETTLE,
                     ("to_teacher", "to_data", "range", *IMAGES[3:], "log_r_std"),
                     f"{REAL} --eval-every 5 --kimg 50", seeds=2, named=True),
     "settle_10": Group("the fake score's rate ten times the generator's", CIFAR, THREE, AS_IS,
                        f"{REAL} --eval-every 5 --kimg 50 --lr-g 1e-5 --lr-f 1e-4 --decay-kimg 0",
                        seeds=2, named=True),
-    "settled": Group("rates that settle, means of the last five measurements", CIFAR, THREE,
-                     ("to_teacher", "interval", "to_data", "interval_data", *AS_IS[3:]),
-                     f"{REAL} --eval-every 2.5 --kimg 30 --lr-g 3e-5 --lr-f 9e-5 --decay-kimg 10",
+    "settled": Group("rates that settle, means of the last five measurements", CIFAR,
+                     THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"}, INTERVALS, SETTLED,
                      seeds=5, last=5, named=True),
+    "settled_parts": Group("the same, a part of the weight, or a slow classifier", CIFAR,
+                           TWO | PARTS | {"sba_5_slow": "slow_classifier"}, INTERVALS, SETTLED,
+                           labels={"sba_5_slow": "SBA 5, slow classifier"}, last=5, named=True),
     "paper": Group("the paper's experiment", CIFAR, TWO, AS_IS, "--preset paper", seeds=1,
                    named=True),
 }
