@@ -1,6 +1,7 @@
 """Compare bregman.py with autograd, with quadrature, and with the tables of two papers."""
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,14 @@ def test_which_way(reader, verdict):
 # ---------------------------------------------------------------------------------- the file alone
 
 HERE = Path(__file__).resolve().parent
+
+
+def test_the_file_alone_prints_table_1(tmp_path):
+    shutil.copy(HERE / "bregman.py", tmp_path)
+    done = subprocess.run([sys.executable, "bregman.py"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert [row.split()[0] for row in done.stdout.splitlines()[1:]] == list(NAMES), done.stderr
+    assert " 0.0312       1      32   power" in done.stdout         # SBA 5 at r = 0.5, 1, 2
 
 
 @pytest.mark.parametrize("name", ["bregman", "plane"])
