@@ -1,15 +1,12 @@
 """cifar_distill.py: the update against Eq. (4), sample by sample, its random numbers, weights and
 state. Whole runs are in test_runs.py."""
+import contextlib
 import copy
-import pickle
-import re
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bregman
 from cifar_distill import Config, Distiller
@@ -32,8 +29,7 @@ def teacher(label_dim=0, resolution=8):
 
 def distiller(net=None, images=IMAGES, labels=None, amp="no", **options):
     """One whose fake score network and generator have left the teacher, so that no gap is zero."""
-    how = dict(batch=8, wait_kimg=0.0, device="cpu", ess=0.0, norm="batch") | options
-    cfg = Config(**how)
+    cfg = Config(**dict(batch=8, wait_kimg=0.0, device="cpu", ess=0.0, norm="batch") | options)
     cfg.amp = amp                       # after its check: on a CPU fp16 is refused, but it computes
     d = Distiller(cfg, net or teacher(), images, labels)
     g = torch.Generator().manual_seed(1)
@@ -71,11 +67,11 @@ def assert_gradients(net, expected, rtol=2e-5):
 # ------------------------------------------------------------------------- the update, in detail
 
 @pytest.mark.parametrize("h, lam, w_t", [
-    *((h, 5, "c_out") for h in bregman.TABLE_1),
-    ("sba", -1, "c_out"), ("sba", 0, "dmd"), ("sba", 3, "dmd")])
+    ("kl", 0, "c_out"), ("be", -1, "c_out"), ("sba", 5, "c_out"), ("sba", 3, "dmd")])
 def test_update_is_eq_4(h, lam, w_t):
-    """One sample at a time, from the scores, with h'' by autograd of h, in place of log weights of
-    a batch and the difference of two networks. All networks get the labels to generate."""
+    """One sample at a time, from the scores, with the weight r^lam of these h, in place of log
+    weights of a batch and the difference of two networks. All networks get the labels to generate.
+    """
     d = distiller(teacher(3), labels=LABELS, h=h, lam=lam if h == "sba" else Config.lam, w_t=w_t,
                   clip=50)
     b, G, fake = before_step(d)
@@ -88,14 +84,11 @@ def test_update_is_eq_4(h, lam, w_t):
         D_fake, l = fake(x_t, sigma, c, return_logits=True)
         D_real = d.teacher(x_t, sigma, c)
         s_fake, s_real = ((D - x_t) / sigma ** 2 for D in (D_fake, D_real))
-        r = (-l.mean().double()).exp().detach().requires_grad_()
-        first, = torch.autograd.grad(d.h.h(r), r, create_graph=True)
-        second = torch.autograd.grad(first, r)[0] if first.requires_grad else torch.zeros(())
         w_t_sigma = sigma ** 2 / (x - D_real).abs().mean() if w_t == "dmd" else (
             sigma * (sigma ** 2 + 0.25).sqrt() / 0.5)
         terms.append(torch.autograd.grad(x, parameters(G),
                                          -(w_t_sigma * (s_real - s_fake)).detach()))
-        weights.append((second * r).item())
+        weights.append((-l.mean().double()).exp().item() ** lam)
     weights = np.array(weights) / np.mean(weights)
     assert_gradients(d.G, [sum(w * t for w, t in zip(weights, each)) / (8 * 192)
                            for each in zip(*terms)], rtol=2e-4)      # a score divides by sigma^2
@@ -126,8 +119,6 @@ def test_teacher_free_update_is_eq_37_with_its_sign_corrected():
     w_t = b.sigma * (b.sigma ** 2 + 0.25).sqrt() / 0.5
     expected = torch.autograd.grad(x, parameters(G), w[:, None, None, None] * w_t * grad / 192)
     assert_gradients(d.G, expected)
-    decoder = {k: p.grad for k, p in d.fake.named_parameters() if ".dec." in k}
-    assert set(decoder.values()) == {None}                          # it has no loss
 
 
 def loss_by_hand(fake, b, x):
@@ -161,54 +152,13 @@ def test_fake_score_learns_edms_loss_and_eq_5(n, wait):
         adam.zero_grad()
         losses[-1].backward()
         adam.step()
-    moves = [p.detach() - q for p, q in zip(parameters(fake), start)]
-    size = max(m.abs().max() for m in moves).item()
-    for p, q, move in zip(parameters(d.fake), start, moves):
-        close(p - q, move, rtol=0, atol=1e-4 * size)
+    size = max((p - q).abs().max() for p, q in zip(parameters(fake), start)).item()
+    for p, expected in zip(parameters(d.fake), parameters(fake), strict=True):
+        close(p, expected, rtol=0, atol=1e-4 * size)
     means = d.averages()
     close(means["loss_score"] + means["loss_class"], sum(losses).item() / n, rtol=1e-4, atol=0)
     assert size > 1e-3 and (d.seen, d.updates) == (8, 0 if wait else 1)
     assert torch.equal(d.sample_batch().z, batches[n].z)            # no more was drawn
-
-
-class Convolutions(TorchDispatchMode):
-    """Counts convolutions, and backward ones by what they are made for: x, weight, bias."""
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        if "convolution" in f.name():
-            self.count[f.name(), *(args[-1] if "backward" in f.name() else ())] += 1
-        return f(*args, **kwargs or {})
-
-    def of(self, f):
-        """Return the Counter of f()."""
-        self.count = Counter()
-        with self:
-            f()
-        return self.count
-
-
-PASSES = {"both": 2, "forward": 2, "encoder": 1}        # what bench.py counts on
-
-
-@pytest.mark.parametrize("options, passes", [
-    ({}, PASSES), (dict(norm="two-stage", batch=20), PASSES), (dict(norm="level"), PASSES),
-    (dict(gan=1e-3), PASSES | {"in x": 1}), (dict(wait_kimg=1), dict(forward=1, both=1, encoder=1)),
-    (dict(teacher_free=True), {"both": 1, "forward": 1, "encoder": 2, "in x": 1}),
-    (dict(fake_updates=2), dict(both=3, forward=3, encoder=2))])
-def test_passes_of_a_step(options, passes):
-    """Of a network and of its encoder, forward, or backward in the weights, or backward in x
-    alone; and no pass more."""
-    d, counter = distiller(**options), Convolutions()
-    x, sigma = torch.randn(8, 3, 8, 8), torch.ones(8, 1, 1, 1)
-    x_t = x.clone().requires_grad_()
-    logits = d.fake.encode(x_t, sigma).sum()
-    cost = {"forward": counter.of(lambda: d.teacher(x, sigma)),
-            "both": counter.of(lambda: d.G(x, sigma).sum().backward()),
-            "encoder": counter.of(lambda: d.fake.encode(x, sigma).sum().backward()),
-            "in x": counter.of(lambda: torch.autograd.grad(logits, x_t))}
-    assert all(cost.values())
-    expected = sum((cost[name] for name, k in passes.items() for _ in range(k)), Counter())
-    assert counter.of(d.step) == expected
 
 
 @pytest.mark.parametrize("amp, error", [("bf16", 0.2), ("fp16", 0.03)])
@@ -216,8 +166,8 @@ def test_autocast_gives_the_same_update(amp, error):
     """Up to rounding, which the score gap, a difference, magnifies. fp16's scale is out of the
     gradients again."""
     exact, rounded = distiller(), distiller(amp=amp)
-    for d in (exact, rounded):
-        d.step()
+    exact.step()
+    rounded.step()
     for net in ("G", "fake"):
         a, b = (torch.cat([g.flatten() for g in gradients(getattr(d, net))])
                 for d in (exact, rounded))
@@ -225,31 +175,16 @@ def test_autocast_gives_the_same_update(amp, error):
         assert 0 < (a - b).norm() < error * a.norm()
 
 
-def test_fp16_skips_a_step_that_overflows_and_logs_no_infinite_norm():
-    d = distiller(amp="fp16")
-    G, scale = copy.deepcopy(d.G.state_dict()), d.scaler.get_scale()
-    for factor, moved in ((1e30, False), (1.0, True)):
-        with d.autocast():
-            x = d.G(torch.ones(8, 3, 8, 8), 2.5)
-        d.descend(d.opt_g, factor * x.mean())
-        assert equal(dict(d.G.state_dict()), dict(G)) != moved
-        assert ("grad_g" in d.sums) == moved
-    assert d.scaler.get_scale() == scale / 2
-    assert 0 < d.averages()["grad_g"] < 1e6
-
-
-@pytest.mark.parametrize("options", [{}, dict(gan=0.1, amp="bf16"), dict(teacher_free=True)])
-def test_gradient_checkpointing_gives_the_same_gradients(options):
-    plain, again = (distiller(gradient_checkpointing=on, **options) for on in (False, True))
+def test_gradient_checkpointing_gives_the_same_gradients():
+    plain, again = (distiller(gradient_checkpointing=on, gan=0.1) for on in (False, True))
     entered = []
     again.G.model.enc["8x8_block0"].register_forward_pre_hook(lambda *_: entered.append(1))
-    again.step()
     plain.step()
+    again.step()
     assert len(entered) == 2                        # and once more in the backward pass
     for net in ("G", "fake"):
         for a, b in zip(*(gradients(getattr(d, net)) for d in (plain, again)), strict=True):
             close(b, a, rtol=1e-5, atol=1e-8)
-    assert again.G.gradient_checkpointing and not again.teacher.gradient_checkpointing
 
 
 def test_grad_clip_bounds_each_number_of_the_fake_scores_gradient_alone():
@@ -275,15 +210,11 @@ def test_average_has_its_half_life_and_holds_no_graph():
     """A graph through the average would grow with every step. The half-life is ema_kimg, at most a
     tenth of the images since the generator moves: at first the average follows at once."""
     d = distiller(ema_kimg=0.004)
-    for life in (0.8, 1.6):
+    for d.updates, life in ((0, 0.8), (1, 1.6), (1000, 4.0)):
         ema = copy.deepcopy(d.ema.model.map_layer0.weight)
         d.step()
         close(d.ema.model.map_layer0.weight,
               ema.lerp(d.G.model.map_layer0.weight, 1 - 0.5 ** (8 / life)).detach())
-    d.updates = 1000
-    ema = copy.deepcopy(d.ema.model.map_layer0.weight)
-    d.step()
-    close(d.ema.model.map_layer0.weight, (ema + 3 * d.G.model.map_layer0.weight).detach() / 4)
     assert not any(p.requires_grad for p in d.ema.parameters())
 
 
@@ -302,7 +233,6 @@ def test_noise_levels(t_min, t_max):
     close(u, torch.linspace(t_min, t_max, 4000), rtol=0, atol=3e-4)
     logs = b.sigma_f.log().flatten()
     close(torch.stack([logs.mean(), logs.std()]), torch.tensor([-0.6, 1.6]), rtol=0, atol=0.08)
-    assert not torch.equal(d.sample_batch().z, b.z)
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -321,37 +251,22 @@ def test_images_keep_their_labels_and_are_mirrored_half_the_time_or_never(flip):
     assert b.c.mean(0).min() > 0.25 and not torch.equal(b.c, b.c_real)
 
 
-def test_a_guided_teacher_guides_the_gap_and_nothing_else():
-    weak = distiller().fake
-    d = distiller(Guided(teacher(), weak, 3.0, 0.5, 2.0))
-    b, G, fake = before_step(d)
-    assert not isinstance(d.G, Guided) and d.teacher.good is not d.G
-    x_t = G(2.5 * b.z, 2.5).detach() + b.sigma * b.noise
-    gap, log_r = d.scores_and_ratio(x_t, b)
-    with torch.no_grad():
-        good, bad = teacher()(x_t, b.sigma), weak(x_t, b.sigma)
-        inside = (b.sigma >= 0.5) & (b.sigma <= 2)
-        D_real = torch.where(inside, 3 * good - 2 * bad, good)
-        expected = (fake(x_t, b.sigma) - D_real) * (b.sigma ** 2 + 0.25).sqrt() / b.sigma / 0.5
-    assert inside.any() and not inside.all() and not log_r.requires_grad
-    close(gap, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+def test_networks_start_at_the_unguided_teacher():
+    d = distiller(Guided(teacher(), distiller().fake, 3.0, 0.5, 2.0))
+    assert isinstance(d.teacher, Guided) and d.teacher.good is not d.G
+    assert equal(dict(d.ema.state_dict()), dict(teacher().state_dict()))
 
 
 # --------------------------------------------------------------------------------- the weights
-
-def f_distills(r):
-    """In its words: p/q within [0.1, 20], over its mean in a bin. It is BE's weight itself."""
-    u = (1 / r).clamp(0.1, 20).view(10, 4)
-    return (u / u.mean(1, keepdim=True)).flatten()
-
 
 def level_mean(w):
     return w.view(8, 5).mean(1, keepdim=True).expand(8, 5).flatten()
 
 
 @pytest.mark.parametrize("options, by_hand", [
-    (dict(h="be", norm="two-stage"), f_distills),
+    (dict(h="be", norm="two-stage"), lambda r: (-bregman.two_stage(r.log())).exp()),
     (dict(h="sba", lam=3, clip=1), lambda r: r.clamp(1 / np.e, np.e) ** 3),
+    (dict(h="sba", lam=3, ess=1.0), torch.ones_like),
     (dict(h="sba", lam=2, part="level"), lambda r: level_mean(r ** 2)),
     (dict(h="sba", lam=2, part="sample"), lambda r: r ** 2 / level_mean(r ** 2))], ids=str)
 def test_weights_of_a_first_batch(options, by_hand):
@@ -363,26 +278,15 @@ def test_weights_of_a_first_batch(options, by_hand):
     close(w.flatten().double(), expected / expected.mean(), rtol=1e-4, atol=0)
 
 
-def test_level_takes_out_what_depends_on_the_noise_alone():
+def test_level_centres_log_r_at_each_noise_level_by_a_running_mean():
     """A classifier that is off by something at every noise level: the weights don't see it."""
-    d, off = distiller(h="sba", lam=2, norm="level", batch=40), torch.linspace(3, -1, 10)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        log_r = 0.1 * torch.randn(40, generator=g)
-        w = d.weights((log_r + off.repeat_interleave(4))[:, None, None, None])
-        d.updates += 1
-    close(d.log_r_mean, off, rtol=0, atol=0.05)
-    close(w.flatten(), 40 * (2 * log_r).softmax(0), rtol=0.15, atol=0)
-    close(d.averages()["log_r"], 1.0, rtol=0, atol=0.01)    # logged as the classifier says it
-
-
-def test_weights_are_tempered():
-    log_r = torch.tensor([-2.0, 0.1, 0.5, 3.0])
-    d = distiller(h="sba", lam=3, batch=4, ess=0.9)
-    w = d.weights(log_r[:, None, None, None]).flatten()
-    tau = d.averages()["tau"]
-    assert 0 < tau < 1 and w.sum() ** 2 / (4 * w.square().sum()) >= 0.9
-    close(w, 4 * (3 * tau * log_r).softmax(0))
+    d, g = distiller(h="sba", lam=2, norm="level", batch=40), torch.Generator().manual_seed(0)
+    batches = torch.linspace(3, -1, 10).repeat_interleave(4) + torch.randn(2, 40, generator=g)
+    for d.updates, log_r in enumerate(batches):
+        w = d.weights(log_r[:, None, None, None])
+    mean = batches.mean(0).view(10, 4).mean(1).repeat_interleave(4)
+    close(w.flatten(), 40 * (2 * (log_r - mean)).softmax(0))
+    close(d.averages()["log_r"], batches.mean().item())     # logged as the classifier says it
 
 
 # --------------------------------------------------------------------------------- when it breaks
@@ -390,33 +294,32 @@ def test_weights_are_tempered():
 def test_nan_is_named_with_its_noise_level():
     """That of the first bad sample, in the generator's half of a step and in the other."""
     d = distiller()
-    b, G, _ = before_step(d)
-    d.seen = 64
-    x_t = G(2.5 * b.z, 2.5).detach() + b.sigma * b.noise
+    b, x_t = d.sample_batch(), torch.ones(8, 3, 8, 8)
     x_t[3] = torch.nan
-    with pytest.raises(FloatingPointError, match=f"after 64 images: score_gap is nan at sigma = "
-                                                 f"{re.escape(f'{b.sigma[3].item():.4g}')}$"):
-        d.scores_and_ratio(x_t, b)
     b.real[5] = torch.inf
-    with pytest.raises(FloatingPointError, match=f"loss_class is nan at sigma = "
-                                                 f"{re.escape(f'{b.sigma_f[5].item():.4g}')}$"):
+    with pytest.raises(FloatingPointError, match=f"score_gap .* {b.sigma[3].item():.4g}$"):
+        d.scores_and_ratio(x_t, b)
+    with pytest.raises(FloatingPointError, match=f"loss_class .* {b.sigma_f[5].item():.4g}$"):
         d.fake_loss(torch.zeros_like(b.real), b)
 
 
-def test_infinite_gradient_stops_the_step_before_the_weights_change():
-    d = distiller()
-    before = copy.deepcopy(dict(d.G.state_dict()))
-    d.scores_and_ratio = lambda x, b: (torch.full_like(x, torch.inf), torch.zeros(8, 1, 1, 1))
-    with pytest.raises(FloatingPointError, match="after 0 images: grad_g is (inf|nan)"):
-        d.step()
-    assert equal(dict(d.G.state_dict()), before)
+@pytest.mark.parametrize("amp", ["no", "fp16"])
+def test_infinite_gradient_changes_no_weight(amp):
+    """It stops the run, but for fp16, whose scaler skips the step and tries a smaller scale."""
+    d = distiller(amp=amp)
+    before, scale = copy.deepcopy(dict(d.G.state_dict())), d.scaler.get_scale()
+    stops = pytest.raises(FloatingPointError, match="after 0 images: grad_g")
+    with stops if amp == "no" else contextlib.nullcontext():
+        d.descend(d.opt_g, torch.inf * d.G(torch.ones(8, 3, 8, 8), 2.5).mean())
+    assert equal(dict(d.G.state_dict()), before) and "grad_g" not in d.sums
+    assert amp == "no" or d.scaler.get_scale() == scale / 2
 
 
 # ------------------------------------------------------------------------------------ its state
 
 @pytest.mark.parametrize("options", [
     dict(norm="level", h="sba", wait_kimg=0.008), dict(part="sample", h="be", fake_updates=2),
-    dict(amp="fp16", gan=0.1), dict(norm="two-stage", batch=20, grad_clip=1e-3)])
+    dict(amp="fp16", gan=0.1)])
 def test_state_is_all_that_a_run_needs(options, tmp_path):
     """Two steps, a file, two more: bit for bit four steps."""
     whole, first, second = (distiller(**options) for _ in range(3))
@@ -427,13 +330,4 @@ def test_state_is_all_that_a_run_needs(options, tmp_path):
     for _ in range(2):
         whole.step(), second.step()
     assert equal(whole.state(), second.state())
-    assert not equal(whole.state()["G"], first.state()["G"])
     assert whole.averages() == second.averages()
-
-
-def test_a_pickled_distiller_goes_on_alike():
-    d = distiller(h="sba", norm="level")
-    d.step()
-    other = pickle.loads(pickle.dumps(d))
-    d.step(), other.step()
-    assert equal(d.state(), other.state())
