@@ -197,6 +197,7 @@ def test_variety_takes_equal_counts_whatever_the_order_of_the_larger_set():
     for order in (torch.arange(600), real[:, 0].argsort()):
         result = fid.variety(measured(generated), measured(real[order]))
         assert result["images"] == 100 and result["recall"] > 0.7 and result["coverage"] > 0.8
+    assert fid.variety(measured(real), measured(generated))["images"] == 100
 
 
 # ------------------------------------------------------------------- sets of images, the command
@@ -247,11 +248,10 @@ def sources(tmp_path_factory, compact):
 def test_a_set_against_itself_is_at_zero_without_bias_and_no_json_has_nan(sources, run, tmp_path):
     images, black = sources / "images.npz", tmp_path / "black.npy"
     np.save(black, np.zeros((9, 3, 32, 32), np.uint8))
-    result = json.loads(run(images, images, "--json", "--save", tmp_path / "a.npz",
-                            "--save-reference", tmp_path / "b.npz"))
+    result = json.loads(run(images, images, "--json", "--save", tmp_path / "a.npz"))
     assert result["value"] == result["bias"] == 0 and result["n"] == [20, 20]
     assert result["variety"]["precision"] == result["variety"]["recall"] == 1
-    assert json.loads(run(tmp_path / "a.npz", tmp_path / "b.npz", "--json"))["value"] == 0
+    assert json.loads(run(tmp_path / "a.npz", images, "--json"))["value"] == 0
     wide = json.loads(run(images, sources / "wide.npz", "--json"))
     assert wide["variance"] == pytest.approx(0.25)
     for name in (black, images):
@@ -259,10 +259,11 @@ def test_a_set_against_itself_is_at_zero_without_bias_and_no_json_has_nan(source
         assert "NaN" not in out and "Infinity" not in out and json.loads(out)["variance"] is None
 
 
-def test_it_says_against_what_of_how_many_images_and_how(sources, run):
-    out = run(sources / "images.npz", "-n", 7)
+def test_it_says_against_what_of_how_many_images_and_how(sources, run, tmp_path):
+    out = run(sources / "images.npz", "-n", 7, "--save-reference", tmp_path / "b.npz")
     assert "to cifar10: 7 images against 50,000 images, resize clean" in out
     assert "FID" not in out and "IS-compact" in out and "7 images each" in out
+    assert fid.load(tmp_path / "b.npz").n == 50_000
 
 
 def test_the_classifier_learns_two_colours_beside_what_is_shipped(tmp_path, run, monkeypatch):
