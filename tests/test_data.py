@@ -218,22 +218,23 @@ def test_cifar10(tmp_path, name):
 @pytest.mark.parametrize("writable", [True, False])
 def test_large_sets_are_decoded_once_and_mapped(tmp_path, monkeypatch, writable):
     """From a file beside the set or, where one can't write there, in the cache."""
-    path, decoded = tmp_path / "photos.zip", []
+    path = write(tmp_path / "set", images(*(f"{i}/photo.png" for i in range(6))))
+    decoded = []
     monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)              # six images count as large
     monkeypatch.setattr(data, "open_image", lambda *a: decoded.append(a) or open_image(*a))
     monkeypatch.setattr(os, "access", lambda folder, mode: writable)
     monkeypatch.setenv("DI_BREGMAN_CACHE", str(tmp_path / "cache"))
-    save_images(EXPECTED, path, torch.arange(6))
     for times in (7, 9):                        # a set's first image says its size and its mode
         pixels, labels = load_images(path)
         same((pixels, labels), EXPECTED, [0, 1, 2, 3, 4, 5])
         assert len(decoded) == times
         pixels.zero_()                                              # in memory, not in the file
     kept = tmp_path if writable else tmp_path / "cache"
-    assert [*tmp_path.rglob("*.npy")] == [*kept.glob("photos.zip.*.npy")] != []
+    assert [*tmp_path.rglob("*.npy")] == [*kept.glob("set.*.npy")] != []
     assert load_images(path, size=16)[0].shape == (6, 3, 16, 16)
-    save_images(EXPECTED.flip(0), path)                             # another set of this name
-    same(load_images(path), EXPECTED.flip(0))
+    write(path, {"5/photo.png": png(PIXELS[0])})                    # other pixels, the same name
+    os.utime(path / "5/photo.png", (2e9, 2e9))
+    assert torch.equal(load_images(path)[0], EXPECTED[[0, 1, 2, 3, 4, 0]])
 
 
 def test_large_arrays_are_mapped_and_stay_as_they_are(tmp_path, monkeypatch):
