@@ -93,6 +93,14 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys):
     assert "1 image" in said and "1 .tif" in said and "2 .gif" in said
 
 
+def test_links_are_followed(tmp_path):
+    write(tmp_path / "real", images("0.png", "1.png"))
+    (tmp_path / "set/cat").mkdir(parents=True)
+    (tmp_path / "set/cat/linked.png").symlink_to(tmp_path / "real/1.png")
+    (tmp_path / "set/dog").symlink_to(tmp_path / "real")
+    same(load_images(tmp_path / "set"), EXPECTED[[1, 0, 1]], [0, 1, 1])
+
+
 @pytest.mark.parametrize("where, other", [("", "other/"), ("train/", "")])
 @pytest.mark.parametrize("labels", [None, [3, 0, 3, 9, 1234, 1]])
 def test_dataset_json_decides(tmp_path, where, other, labels):

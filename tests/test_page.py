@@ -98,23 +98,38 @@ setTimeout(() => {
 </script>"""
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What a script sees that uses the page in headless Chromium, whose console stays silent."""
+def opened(text, folder, size):
+    """Return what a page's script leaves in its element `checked`, from headless Chromium, whose
+    console stays silent."""
     if not BROWSER:
         pytest.skip("no Chromium")
-    folder = tmp_path_factory.mktemp("page")
-    text = TEXT.replace("<head>", "<head>" + BEFORE).replace("</body>", AFTER + "</body>")
     (folder / "checked.html").write_text(text, encoding="utf-8")
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={folder}/profile", "--window-size=1280,800", "--dump-dom",
+         f"--user-data-dir={folder}/profile", f"--window-size={size}", "--dump-dom",
          "--virtual-time-budget=20000", (folder / "checked.html").as_uri()],
         capture_output=True, text=True, timeout=300)
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
-    found = json.loads(html.unescape(re.search(r'<pre id="checked">(.+?)</pre>', done.stdout)[1]))
+    return json.loads(html.unescape(re.search(r'<pre id="checked">(.+?)</pre>', done.stdout)[1]))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    text = TEXT.replace("<head>", "<head>" + BEFORE).replace("</body>", AFTER + "</body>")
+    found = opened(text, tmp_path_factory.mktemp("page"), "1280,800")
     assert found["failures"] == []
     return found
+
+
+def test_the_page_fits_a_phone(tmp_path):
+    """In a frame, since no window is so narrow: no wider than it, the controls always in sight."""
+    wide, right, bottom = opened(f"""<iframe srcdoc="{html.escape(TEXT)}" width="390" height="844">
+</iframe><pre id="checked"></pre><script>onload = () => {{
+const page = frames[0].document, bar = page.getElementById("bar").getBoundingClientRect();
+document.getElementById("checked").textContent = JSON.stringify([
+  page.documentElement.scrollWidth - page.documentElement.clientWidth, bar.right, bar.bottom]);
+}}</script>""", tmp_path, "1280,1000")
+    assert wide == 0 and right <= 390 and bottom <= 844
 
 
 def said(row):

@@ -189,6 +189,12 @@ def holds(record, row):
     return len(given) > 2 and all(near)
 
 
+def test_every_table_of_runs_has_its_source():
+    for page, text in TEXT.items():
+        heads = re.findall(r"^\|.* seeds \|.*\n\|[-| ]+$", text, re.M)
+        assert len(heads) == sum(" seeds |" in table for _, table in tables(page)), page
+
+
 def test_the_bare_commands_number():
     """What README's first command should give is what it gave."""
     run, = [run for run in experiments.all_rows()["bare"]["kl"] if run["seed"] == 0]

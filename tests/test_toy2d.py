@@ -209,6 +209,17 @@ def test_measured_divergences_of_a_student_that_is_known(monkeypatch):
         close(result[key], truth.item(), rtol=0, atol=4 * spread.item() / 1000 ** 0.5 + 0.02)
 
 
+@pytest.mark.parametrize("option", [
+    dict(lr_g=1e-4), dict(lr_f=1e-4), dict(batch=16), dict(init_steps=6), dict(target="grid25"),
+    dict(fake_updates=2), dict(seed=1)])
+def test_an_option_changes_the_student(option):
+    one, other = (Distiller(Config(**TINY | options)) for options in ({}, option))
+    for _ in range(3):
+        one.step()
+        other.step()
+    assert not torch.equal(one.ema(torch.ones(1, 2)), other.ema(torch.ones(1, 2)))
+
+
 def test_a_loss_that_is_not_finite_is_named():
     d = Distiller(Config(**TINY))
     d.fake.net[-1].bias.data[0] = math.nan
