@@ -12,7 +12,6 @@ A latent diffusion model that predicts the noise is EDM's denoiser in other coor
 so that cifar_distill.py's Distiller runs on it as it is. Its tests use tiny networks: it has not
 been run on Stable Diffusion's weights, and how good its images are is not known.
 """
-import argparse
 import contextlib
 import copy
 import json
@@ -23,28 +22,25 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from peft import LoraConfig
+from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))                    # the project
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))            # the project
 
 import bregman                                                              # noqa: E402
-from cifar_distill import HALF, Distiller                                   # noqa: E402
+import cifar_distill                                                        # noqa: E402
 from data import save_grid                                                  # noqa: E402
 from edm import Guided, heun                                                # noqa: E402
-from latents import (MISSING, NAME, check_collapse, decode, embed, latent_shape,    # noqa: E402
-                     load_inputs, load_model, neighbours, reading, save_student)
+from latents import (NAME, decode, embed, latent_shape, load_inputs,        # noqa: E402
+                     load_model, reading, save_student)
 from ncsnpp import per_image                                                # noqa: E402
 from plots import side_by_side                                              # noqa: E402
-from plumbing.cli import (count, nonnegative, number, parser, positive, real,       # noqa: E402
-                          run_main, share, torch_device, whole)
+from plumbing.cli import (count, nonnegative, parser, positive, real, run_main,     # noqa: E402
+                          share, torch_device, whole)
 from plumbing.loop import (begin, claim, first_process_first, processes, rank,      # noqa: E402
                            train, tune_cpu, world)
-
-if not MISSING:                     # without them main() says what to install
-    from peft import LoraConfig
-    from safetensors import safe_open
 
 
 @dataclass
@@ -52,10 +48,9 @@ class Config:
     h: Literal[bregman.NAMES] = "kl"    # which row of Table 1
     lam: real = 5.0             # SBA's lambda
     prompts: str = "prompts.txt"        # a file with a prompt a line
-    data: str = ""              # folder of images with captions, a.jpg with a.txt, for the
-                                # classifier's p; without it: the teacher's own samples
-    model: str = NAME           # a folder in diffusers' layout, a .safetensors file, or a name on
-                                # Hugging Face
+    data: str = ""              # images with captions, a.jpg with a.txt, for the classifier's p;
+                                # without it: the teacher's own samples
+    model: str = NAME           # a folder in diffusers' layout, or a name on Hugging Face
     guidance: real = 1.75       # of the teacher, 1 for none: DMD2's
     full: bool = False          # train whole networks, not adapters; DMD2's rates for it are 1e-5
     rank: count = 64            # of the adapters
@@ -66,18 +61,15 @@ class Config:
     batch: count = 8            # images a step, over all processes
     lr_g: positive = 1e-4       # rate of the generator's Adam
     lr_f: positive = 1e-4       # rate of the fake network's: score and classifier
-    fake_updates: number(int, 1, 100, "a whole number from 1 to 100") = 1    # of the fake network
-                                # for one of the generator; DMD2: 10
+    fake_updates: count = 1     # of the fake network for one of the generator; DMD2: 10
     wait_kimg: nonnegative = 1.0        # for which the generator waits for the fake network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init, c): t = 625, as SiD-LSG
     t_min: share = 0.02         # the generator's noise levels: from this
     t_max: share = 0.98         # to this share of the teacher's times, as DMD2
-    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t) is sigma^2 over this; "dmd": |x - D_real|'s mean
     p_mean: real = 0.5          # the fake network's: ln sigma is normal with this mean
     p_std: positive = 1.2       # and this standard deviation, as Stable Diffusion's own levels
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["level", "batch"] = "level"   # log r less its running mean at its noise level, or
-                                # as it is; weights have batch mean one
+    norm: Literal["level", "batch"] = "level"   # log r is centred at its noise level, or left as is
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN, line 13
     ema_kimg: positive = 1.0    # half-life of the generator's average, which is what is shown
@@ -85,35 +77,19 @@ class Config:
     device: torch_device = "cuda" if torch.cuda.is_available() else "cpu"     # cpu, cuda, cuda:1
     amp: Literal["no", "bf16", "fp16"] = "fp16" if torch.cuda.is_available() else "no"  # autocast,
                                 # and the precision of weights that are not trained
-    gradient_checkpointing: bool = False    # a third more time, for the memory of a small card
     eval_every: positive = 0.5  # kimg between rows of log.csv and grids
     preview: count = 4          # samples in each grid, of the first prompts
     save_every: positive = 1.0  # kimg between checkpoints
 
-    # Options of cifar_distill.py that have one value here.
-    part, teacher_free, decay_kimg, grad_clip = "both", False, 0.0, 0.0
-
-    def __post_init__(self):
-        bregman.get(self.h, self.lam)
-        if self.h != "sba" and self.lam != Config.lam:
-            raise ValueError(f"--lam is SBA's alone: say --h sba, not {self.h}")
-        if self.kimg <= self.wait_kimg:
-            raise ValueError(f"--kimg {self.kimg:g} ends before the generator moves, for which it "
-                             f"waits --wait-kimg {self.wait_kimg:g}")
-        if self.t_min >= self.t_max:
-            raise ValueError("--t-min must be below --t-max")
-        if self.batch % world():
-            raise ValueError(f"--batch {self.batch} does not divide into {world()} processes")
-        if self.amp == "fp16" and not self.device.startswith("cuda"):
-            raise ValueError(f"--amp fp16 needs an NVIDIA GPU, not --device {self.device}: "
-                             "take --amp no")
+    # Options of cifar_distill.py that have one value here, and its checks of the others.
+    part, w_t, teacher_free, decay_kimg, grad_clip = "both", "c_out", False, 0.0, 0.0
+    __post_init__ = cifar_distill.Config.__post_init__
 
 
 # --------------------------------------------------------------------------------- the denoiser
 
 def interpolate(x, xs, ys):
-    """Return y at x on the line through the points (xs, ys), (n,) with rising xs; beyond the first
-    and the last point y is theirs."""
+    """Return y at x between the points (xs, ys), where xs rise; beyond an end y is the end's."""
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     inside = ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1)
     return ys[i - 1].lerp(ys[i], inside)
@@ -149,24 +125,23 @@ class SDPrecond(nn.Module):
         h = unet.conv_in(x * (1 + sigma ** 2).rsqrt())                      # (N, 320, 64, 64)
         skips = [h]
         for block in unet.down_blocks:
-            h, more = block(h, emb, **reads_text(block, c))
+            h, more = block(h, emb, encoder_hidden_states=c)    # some blocks do not read it
             skips += more
-        return unet.mid_block(h, emb, **reads_text(unet.mid_block, c)), skips, emb
+        return unet.mid_block(h, emb, encoder_hidden_states=c), skips, emb
 
     def _decode(self, h, skips, emb, c):
         """Return the predicted noise, (N, 4, 64, 64)."""
         for block in self.unet.up_blocks:
             n = len(block.resnets)
-            h = block(h, tuple(skips[-n:]), emb, **reads_text(block, c))
+            h = block(h, tuple(skips[-n:]), emb, encoder_hidden_states=c)
             skips = skips[:-n]
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
 
     def forward(self, x, sigma, c, return_logits=False):
-        """Denoise, and on request classify, in one pass.
+        """Return D_x, float32 (N, 4, 64, 64), and with return_logits the logits of encode(), too.
 
         x: latents plus noise, float (N, 4, 64, 64). sigma: > 0, a number, (N,) or (N, 1, 1, 1).
-        c: the text encoder's last states (N, 77, 768). Returns D_x float32 (N, 4, 64, 64), and the
-        logits of encode() with return_logits.
+        c: the text encoder's last states (N, 77, 768).
         """
         x, sigma = x.float(), per_image(sigma, x)
         h, skips, emb = self._encode(x, sigma, c)
@@ -185,23 +160,12 @@ class SDPrecond(nn.Module):
         return {k: v for k, v in state.items() if "lora_" in k} or state
 
     def load_state_dict(self, state):
-        """Take what state_dict() returned. Raises ValueError for tensors of another network."""
-        own = {k: v.shape for k, v in self.state_dict().items()}
-        other = {k: v.shape for k, v in state.items()}
-        for k in sorted(own | other):
-            if own.get(k) != other.get(k):
-                raise ValueError(f"{k} is {other.get(k)}, and should be {own.get(k)}")
-        super().load_state_dict(state, strict=False)
-
-
-def reads_text(block, c):
-    """Return the keyword with the text's states for a block that has cross-attention."""
-    return {"encoder_hidden_states": c} if getattr(block, "has_cross_attention", False) else {}
+        """Take what state_dict() returned. Raises RuntimeError for tensors of another network."""
+        super().load_state_dict(super().state_dict() | state)
 
 
 class WithoutPrompt(nn.Module):
-    """The same network with the empty prompt's states, (1, 77, 768), in place of the prompt's: the
-    weak network of classifier-free guidance."""
+    """The weak network of classifier-free guidance: it reads the empty prompt (1, 77, 768)."""
     label_dim = 0
 
     def __init__(self, net, empty):
@@ -233,12 +197,11 @@ def start_from(net, cfg):
     return net.eval()
 
 
-class SD(Distiller):
+class SD(cifar_distill.Distiller):
     """Algorithm 1 on latents. inputs: a dictionary, of latents.load_inputs.
 
     Each network has its own adapter in its own modules. One UNet whose adapters are switched would
-    be a trap: with gradient checkpointing the forward is computed again during backward, under
-    whichever adapter is active then, and peft takes the gradients of those that rest.
+    be a trap: peft takes the gradients of those that rest.
     """
 
     def __init__(self, cfg, teacher, inputs):
@@ -247,11 +210,7 @@ class SD(Distiller):
 
     def copy_weights(self):
         """Return G, the fake network and G's average: the teacher, not guided.  Line 1"""
-        nets = [start_from(self.teacher.good, self.cfg) for _ in range(3)]
-        if self.cfg.gradient_checkpointing:
-            for net in nets[:2]:
-                net.unet.enable_gradient_checkpointing()
-        return nets
+        return [start_from(self.teacher.good, self.cfg) for _ in range(3)]
 
     def noise_levels(self, t):
         return self.teacher.good.noise_levels(t)
@@ -264,8 +223,8 @@ class SD(Distiller):
                     c_real=self.states(self.captions, index))
 
     def states(self, texts, index):
-        """Return the states of some texts. All of them, 118 kB a text, are too many for a GPU: they
-        stay in a file and are read from it as they are needed."""
+        """Return the states of some texts. All, 118 kB a text, are too many for a GPU: they stay
+        in a file."""
         return texts[index.cpu()].to(self.cfg.device).float()
 
     def sample_batch(self):
@@ -277,13 +236,13 @@ class SD(Distiller):
 
 
 @torch.no_grad()
-def sample(net, c, shape, sigmas, cfg, seed=0, progress=""):
+def sample(net, c, shape, sigmas, cfg, seed=0):
     """Return a latent for each text's states c (n, 77, 768): float32 (n, *shape) on the CPU.
-    sigmas: the noise levels of edm.heun. progress: what a progress bar says, "" for none."""
+    sigmas: the noise levels of edm.heun."""
     generator, latents = torch.Generator().manual_seed(seed), []
-    for part in tqdm(c.split(cfg.batch), progress, disable=not progress, unit="batch"):
+    for part in tqdm(c.split(cfg.batch), "sampling", delay=5, leave=False, unit="batch"):
         z = torch.randn(len(part), *shape, generator=generator).to(cfg.device)
-        with torch.autocast(z.device.type, HALF[cfg.amp], cfg.amp != "no"):
+        with torch.autocast(z.device.type, cifar_distill.HALF[cfg.amp], cfg.amp != "no"):
             latents.append(heun(net, z, sigmas, part.to(cfg.device).float()).cpu())
     return torch.cat(latents)
 
@@ -295,26 +254,20 @@ def grid(net, steps):
 
 # ----------------------------------------------------------------------------------------- a run
 
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
-
-
 def load_all(cfg, out):
     """Return the pipeline, the guided teacher, and the run's inputs, kept in the folder `out`."""
-    def guided(empty):
-        return Guided(net, WithoutPrompt(net, empty), cfg.guidance).to(cfg.device)
-
-    def draw(c, empty):
-        return sample(guided(empty), c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1,
-                      f"drawing {len(c):,} samples of the teacher, once")
-
     with first_process_first():
         pipe = load_model(cfg.model)
         shape = latent_shape(pipe, cfg.size)
         pipe.vae.to(cfg.device)
-        net = SDPrecond(pipe.unet.to(HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
-        net = net.to(cfg.device).eval().requires_grad_(False)
-        inputs = load_inputs(cfg, pipe, draw, out / "inputs.pt")
-    return pipe, guided(inputs["empty"]), inputs
+        net = SDPrecond(pipe.unet.to(cifar_distill.HALF[cfg.amp]), pipe.scheduler.alphas_cumprod)
+        net.eval().requires_grad_(False)
+        teacher = Guided(net, WithoutPrompt(net, embed(pipe, [""])), cfg.guidance).to(cfg.device)
+
+        def draw(c):
+            return sample(teacher, c, shape, grid(net, cfg.steps), cfg, cfg.seed + 1)
+
+        return pipe, teacher, load_inputs(cfg, pipe, draw, out / "inputs.pt")
 
 
 class Evaluator:
@@ -324,7 +277,6 @@ class Evaluator:
         self.d, self.pipe, self.out = d, pipe, out
         self.c = d.prompts[torch.arange(d.cfg.preview) % len(d.prompts)]
         self.theirs = self.sample(d.teacher, grid(d.teacher.good, d.cfg.steps))
-        self.their_images = decode(pipe, self.theirs)
 
     def sample(self, net, sigmas):
         return sample(net, self.c, self.d.images.shape[1:], sigmas, self.d.cfg)
@@ -333,15 +285,10 @@ class Evaluator:
         """Return a row of log.csv; write a grid and the student as it is now."""
         d, theirs = self.d, self.theirs
         mine = self.sample(d.ema, (d.cfg.sigma_init, 0.0))
-        row = {"variance": (mine.var() / theirs.var()).item(), "neighbours": neighbours(mine)}
-        row |= d.averages()
-        side_by_side({"teacher": self.their_images,
-                      "student, one step": decode(self.pipe, mine)},
-                     self.out / f"grid_{d.seen:09}.png")
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
-        tqdm.write(f"{d.seen} images: {shown}")
-        if d.updates:
-            check_collapse(d.seen, row["variance"], row["neighbours"], neighbours(theirs))
+        row = {"variance": (mine.var() / theirs.var()).item()} | d.averages()
+        shown = {"teacher": decode(self.pipe, theirs), "student, one step": decode(self.pipe, mine)}
+        side_by_side(shown, self.out / f"grid_{d.seen:09}.png")
+        tqdm.write(f"{d.seen} images: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
         save_student(d.ema, d.cfg, self.out / "student.safetensors")
         return row
 
@@ -349,7 +296,7 @@ class Evaluator:
 def run(cfg, out, resume=False):
     """Distil, into the folder `out`; return the exit status."""
     out = Path(out)
-    state = begin(cfg, out, resume, FREE)
+    state = begin(cfg, out, resume, cifar_distill.FREE)
     with claim(out) if rank() == 0 else contextlib.nullcontext(), processes(cfg.device):
         pipe, teacher, inputs = load_all(cfg, out)
         d = SD(cfg, teacher, inputs)
@@ -357,17 +304,13 @@ def run(cfg, out, resume=False):
             d.load(state, out / "checkpoint.pt")
         evaluate = Evaluator(d, pipe, out).row if rank() == 0 else None
         _, status = train(d, cfg, out, evaluate, cfg.eval_every, state)
-    if rank() == 0 and not status:
-        print(f"{d.seen} images: {out}/student.safetensors, and grids beside it")
     return status
 
 
-def load_student(file, device, model=""):
-    """Return the Config, the pipeline and the network of a student. model: where the teacher is
-    now, if not where it was in training. Raises ValueError, which names the file."""
+def load_student(file, device):
+    """Return a student's Config, pipeline and network. Raises ValueError, which names the file."""
     with reading(file, "a student of sd_distill.py"), safe_open(file, "pt") as f:
-        now = {"device": device, "amp": "no"} | ({"model": model} if model else {})
-        cfg = Config(**json.loads(f.metadata()["config"]) | now)
+        cfg = Config(**json.loads(f.metadata()["config"]) | {"device": device, "amp": "no"})
         tensors = {k: f.get_tensor(k) for k in f.keys()}
     pipe = load_model(cfg.model)
     net = SDPrecond(pipe.unet, pipe.scheduler.alphas_cumprod).eval().requires_grad_(False)
@@ -401,11 +344,10 @@ def draw(argv):
     p.add_argument("-n", type=count, default=4, help="images for each prompt (4)")
     p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
     p.add_argument("--device", type=torch_device, default=Config.device, help="what computes")
-    p.add_argument("--model", default="", help="the teacher, if it is not where it was in training")
     p.add_argument("--out", type=Path, default=Path("runs/sd_samples.png"),
                    help="a PNG with a row for each prompt (runs/sd_samples.png)")
     args = p.parse_args(argv)
-    cfg, pipe, net = load_student(args.run / "student.safetensors", args.device, args.model)
+    cfg, pipe, net = load_student(args.run / "student.safetensors", args.device)
     c = embed(pipe, args.prompt).repeat_interleave(args.n, 0)
     latents = sample(net, c, latent_shape(pipe, cfg.size), (cfg.sigma_init, 0.0), cfg, args.seed)
     save_grid(decode(pipe, latents), args.out, columns=args.n, scale=1)
@@ -413,12 +355,8 @@ def draw(argv):
 
 
 def main(argv):
-    if MISSING:
-        raise ValueError(f"{MISSING}: pip install -r {os.path.relpath(HERE)}/requirements.txt")
     tune_cpu()
-    if argv[:1] == ["sample"]:
-        return draw(argv[1:])
-    return run(*parse(argv))
+    return draw(argv[1:]) if argv[:1] == ["sample"] else run(*parse(argv))
 
 
 if __name__ == "__main__":
