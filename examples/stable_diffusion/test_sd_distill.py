@@ -221,8 +221,6 @@ def test_student_begins_as_the_teacher_which_stays_as_it_was(full):
         assert sum(shared) == (0 if full else len(frozen))
 
 
-# ---------------------------------------------------------------------- a problem with an answer
-
 MEAN, STD = torch.tensor([0.6, -0.6]), torch.tensor([0.5, 1.0])       # of each prompt's latents
 
 
@@ -323,7 +321,7 @@ def test_sample_and_diffusers_take_the_student(folder, command):
     assert Image.open("grid.png").size == (3 * 17 - 1, 2 * 17 - 1)
     _, pipe, student = sd_distill.load_student(Path("run/student.safetensors"), "cpu")
     for k, v in checkpoint()["ema"].items():
-        assert torch.equal(student.state_dict()[k], v)
+        assert v.dtype == torch.float32 and torch.equal(student.state_dict()[k], v)
     theirs = load_model(folder / "model")
     theirs.load_lora_weights("run", weight_name="student.safetensors")
     c, x = embed(pipe, ["a fox"]).float(), torch.randn(1, 4, 8, 8)
@@ -351,7 +349,6 @@ def test_inputs_are_latents_and_states(folder, command):
     cfg, out, _ = sd_distill.parse(sys.argv[1:])
     _, teacher, _ = sd_distill.load_all(cfg, out)
     close(teacher.weak.empty.half(), pipe.encode_prompt([""], "cpu", 1, False)[0].half())
-    assert kept["latents"].shape == (3, 4, 8, 8)
     with torch.no_grad():                               # the first photo is one colour
         x = torch.tensor([0, 100, 200]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
         posterior = pipe.vae.encode(x).latent_dist
@@ -362,7 +359,7 @@ def test_inputs_are_latents_and_states(folder, command):
     assert kept["latents"].shape == (5, 4, 8, 8) and kept["latents"].float().std() > 0.1
     assert torch.equal(kept["captions"], kept["prompts"][[0, 1, 2, 0, 1]])
     Path("own/checkpoint.pt").unlink()                  # begun anew, with other options
-    with pytest.raises(ValueError, match="inputs.pt: .*made of other"):
+    with pytest.raises(ValueError, match="inputs.pt: .*other prompts"):
         command("--guidance", 3, out="own")
 
 
