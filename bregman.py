@@ -30,7 +30,9 @@ Row = namedtuple("Row", "h_text weight_text divergence h log_weight")
 
 def power(log_r, a):
     """Return (r^a - 1) / a, which is log r at a = 0."""
-    if abs(a) > 0.5:        # torch's gradient of expm1(x) is 1 + expm1(x), which loses a small e^x
+    # expm1 is exact where a log r is small, which matters for a small a. Its gradient in torch is
+    # 1 + expm1(x), which rounds a small e^x to 0, so a large a takes exp.
+    if abs(a) > 0.5:
         return ((a * log_r).exp() - 1) / a
     return torch.expm1(a * log_r) / a if a else log_r
 
@@ -143,18 +145,19 @@ def batch_weights(log_w, ess=0.0):
 
     log_w: n log weights in any shape, which the weights keep. The effective sample size is a
     fraction of n (Kish 1965): 1 where all weights are equal, 1/n where one sample has all of it.
-    Where it would fall below `ess`, the weights are tempered: they are raised to the power tau, the
-    largest of 0, 0.01, ..., 1 that keeps it, as in adaptive sequential Monte Carlo (Jasra et al.
-    2011). SBA's lambda becomes tau lambda, and KL stays KL.
+    Where it would fall below the argument `ess` (0: never), the weights are tempered: they are
+    raised to the power tau, the largest of 0, 0.01, ..., 1 that keeps it, as in adaptive sequential
+    Monte Carlo (Jasra et al. 2011). SBA's lambda becomes tau lambda, and KL stays KL.
     """
     flat, tau = log_w.flatten(), torch.ones((), device=log_w.device)                # (n,)
     if ess:
         powers = torch.linspace(0, 1, 101, device=log_w.device)
+        ess = min(ess, 1 - 1e-4)                # which tau = 0 reaches, whatever is rounded
         w = (powers[:, None] * flat).softmax(1)                                     # (101, n)
         fraction = 1 / (len(flat) * w.square().sum(1))                              # (101,)
-        tau = powers[fraction >= min(ess, 1 - 1e-4)].max()  # tau = 0 gives 1, but for rounding
+        tau = powers[fraction >= ess].max()
     w = len(flat) * (tau * flat).softmax(0).view_as(log_w)  # exp(tau log_w) over its mean
-    return w, 1 / w.square().mean(), tau
+    return w, 1 / w.square().mean(), tau                    # (mean w)^2 / mean w^2, as mean w = 1
 
 
 def two_stage(log_r, bins=10):
@@ -172,9 +175,9 @@ def factorise(log_w, log_mean, rate):
     """Return the logs of a weight's two factors, E[w | sigma] and w / E[w | sigma], (n,) each.
 
     The first says how much a noise level counts, the second how much a sample counts within its
-    level. log_w: (n,), sorted by noise level, so that equal slices are bins of levels. log_mean:
-    (bins,), log E[w | sigma] as a running mean, which this batch moves in place by `rate`, in
-    (0, 1].
+    level; --part of the scripts keeps one of them. log_w: (n,), sorted by noise level, so that
+    equal slices are bins of levels. log_mean: (bins,), log E[w | sigma] as a running mean, which
+    this batch moves in place by `rate`, in (0, 1]; with rate = 1 it begins anew.
     """
     bins = log_w.tensor_split(len(log_mean))
     now = torch.stack([part.logsumexp(0) - math.log(len(part)) for part in bins])   # (bins,)
@@ -193,8 +196,8 @@ def which_way(log_ratio):
     log r = log q/p. It is tried on p = N(0, 1) and q = N(1, 1), whose log r at x is x - 1/2.
 
     In FastGen's f-distill r is p/q, so that SBA's weight is r^-lam there. In a loop like DMD2's,
-    whose logit is high for real images, log r is -logit, and BE's weight get("be").weight(-logit).
-    A clamp of the logit makes the ratio biased.
+    whose logit is high for real images, log r is -logit, and BE's weight is
+    get("be").weight(-logit). A clamp of the logit makes the ratio biased.
     """
     log_r = torch.linspace(-3, 4, 71) - 0.5
     got = torch.as_tensor(log_ratio(-log_r))

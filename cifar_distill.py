@@ -31,7 +31,7 @@ from plumbing.loop import (all_mean, begin, check_finite, claim, first_process_f
                            processes, rank, take_up, train, tune_cpu, world)
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # may change
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # at --resume
 SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 loses what is small
 
 
@@ -45,8 +45,8 @@ class Config:
     guide: str = "own"          # what guides the teacher: weaker weights, "self" without label, or
                                 # "none"; "own": TEACHER_young.pt, where there is one
     guidance: real = 2.0        # how much: D_weak + guidance (D_good - D_weak)
-    guide_low: nonnegative = 0.3        # at noise levels from this
-    guide_high: nonnegative = 5.0       # to this
+    guide_low: nonnegative = 0.3        # the lowest noise level that is guided
+    guide_high: nonnegative = 5.0       # and the highest
     data: str = "own"           # the classifier's real images; "own": TEACHER_samples.zip, or else
                                 # the images that the teacher was trained on
     size: whole = 0             # cut and resize them to so many pixels a side; 0: as they are
@@ -54,8 +54,8 @@ class Config:
                                 # features, or "none"; "own": TEACHER_compact.npz, where it exists
     reference: str = "own"      # the images to judge by, as fid.py takes them; "own": --data where
                                 # it is given, else what the teacher was trained on
-    resize: Literal["", "clean", "tf"] = ""     # how images come to the features' size, see fid.py:
-                                # clean, unless a reference of statistics alone asks for a word
+    resize: Literal["", "clean", "tf"] = ""     # how images come to the features' size, see fid.py;
+                                # "": clean; a --reference of statistics alone needs the word
     features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
     kimg: positive = 16.0       # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
@@ -66,11 +66,11 @@ class Config:
     decay_kimg: nonnegative = 4.0   # both rates fall as 1 / (1 + kimg / decay_kimg); 0: constant
     wait_kimg: nonnegative = 2.0    # for which the generator waits for the fake score network
     sigma_init: positive = 2.5  # x = G(sigma_init z, sigma_init)
-    t_min: share = 0.15         # the generator's noise levels: from this
-    t_max: share = 0.8          # to this share of EDM's grid, from the lowest level up
-    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or by DMD's mean |x - D_real|
-    p_mean: real = -0.6         # the fake score network's: ln sigma is normal with this mean
-    p_std: positive = 1.6       # and this standard deviation, to reach where the generator looks
+    t_min: share = 0.15         # the generator's lowest noise level, as a share of EDM's grid
+    t_max: share = 0.8          # and its highest; 0 is the lowest level of the grid, 1 the highest
+    w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or sigma^2 / mean |x - D_real|
+    p_mean: real = -0.6         # mean of ln sigma, by which the fake score network learns
+    p_std: positive = 1.6       # and its standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
     norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights have mean one; level:
                                 # before that log r is centred at its noise level, by a running
@@ -80,7 +80,7 @@ class Config:
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN of line 13: the adversarial loss is a mean over images, and
-                                # line 11's over numbers
+                                # line 11's a mean over all their numbers
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none
@@ -106,7 +106,7 @@ class Config:
             raise ValueError("--teacher-free has no D_real, which --w-t dmd needs")
         if self.part != "both" and (self.norm != "batch" or self.batch < 8):
             raise ValueError(f"--part {self.part} goes with --norm batch, and a --batch of at least"
-                             " 8, its noise levels")
+                             " 8, one for each slice of noise levels")
         if self.norm == "two-stage" and self.batch < 20:
             raise ValueError("--norm two-stage has 10 bins, and needs --batch 20 at least")
         if self.batch % world():
@@ -151,8 +151,8 @@ class Distiller:
                              betas=(0.0, 0.999), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.fake, cfg.lr_f)))
         self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
-        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        # running means at each noise level, of which a batch has one slice each
+        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # not the student, G
+        # the batch, sorted by noise level, is cut into slices; each has running means of its own
         self.log_r_mean = torch.zeros(min(10, cfg.batch), device=cfg.device)    # for --norm level
         self.log_w_mean = torch.zeros(min(8, cfg.batch), device=cfg.device)     # log of w's: --part
         self.seen = self.updates = 0            # images, updates of the generator
@@ -196,40 +196,40 @@ class Distiller:
         w(t) = sigma^2 / c_out(sigma) makes the first the difference of two networks F. DMD's w(t)
         depends on the image too, not on t alone as Eq. (4) wants.
         """
-        cfg, size = self.cfg, c_out(b.sigma, self.teacher.sigma_data)
+        cfg, scale = self.cfg, c_out(b.sigma, self.teacher.sigma_data)      # w(t) = sigma^2 / scale
         x_t.requires_grad_(bool(cfg.gan or cfg.teacher_free))
         with torch.set_grad_enabled(x_t.requires_grad), self.autocast():
             D_fake, logits = self.fake(x_t, b.sigma, b.c, return_logits=True)           # line 8
         # l estimates log p/q of the image at each place; their mean has less noise       # line 9
         log_r = -logits.mean((1, 2))[:, None, None, None]
         if cfg.teacher_free:                                    # Eq. (37), its sign corrected
-            gap = self.gradient(log_r, x_t) * b.sigma ** 2 / size
+            gap = self.gradient(log_r, x_t) * b.sigma ** 2 / scale
         else:
             with torch.no_grad(), self.autocast():
                 D_real = self.teacher(x_t.detach(), b.sigma, b.c)                       # line 8
             if cfg.w_t == "dmd":
                 x = x_t.detach() - b.sigma * b.noise                # the generator's image again
-                size = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
-            gap = (D_fake - D_real).detach() / size
+                scale = (x - D_real).abs().mean((1, 2, 3), keepdim=True)
+            gap = (D_fake - D_real).detach() / scale
         check_finite(f"after {self.seen} images", b.sigma, score_gap=gap, log_r=log_r)
         return gap, log_r
 
     def weights(self, log_r):
-        """Return h''(r) r with batch mean one, (n, 1, 1, 1), of log r, alike.
+        """Return h''(r) r with batch mean one, (n, 1, 1, 1). log_r: (n, 1, 1, 1).
 
-        The batch is that of all processes. Its noise levels rise, see sample_batch(), so that its
-        slices are levels: --norm and --part rely on it.
+        The batch is that of all processes, in the order in which sample_batch() drew it. Its noise
+        levels rise, so that its slices are levels: --norm and --part rely on it.
         """
-        cfg, every = self.cfg, gather(log_r).flatten()                                  # (batch,)
+        cfg, log_r_all = self.cfg, gather(log_r).flatten()                              # (batch,)
         rate = max(0.02, 1 / (1 + self.updates))
-        self.log(log_r=every.mean(), log_r_std=every.std(correction=0))
+        self.log(log_r=log_r_all.mean(), log_r_std=log_r_all.std(correction=0))
         if cfg.norm == "two-stage":
-            every = bregman.two_stage(every)
+            log_r_all = bregman.two_stage(log_r_all)
         if cfg.norm == "level":
-            bins = every.tensor_split(len(self.log_r_mean))
-            self.log_r_mean.lerp_(torch.stack([part.mean() for part in bins]), rate)
-            every = torch.cat([part - mean for part, mean in zip(bins, self.log_r_mean)])
-        log_w = self.h.log_weight(every.clamp(-cfg.clip, cfg.clip))
+            slices = log_r_all.tensor_split(len(self.log_r_mean))
+            self.log_r_mean.lerp_(torch.stack([values.mean() for values in slices]), rate)
+            log_r_all = torch.cat([v - mean for v, mean in zip(slices, self.log_r_mean)])
+        log_w = self.h.log_weight(log_r_all.clamp(-cfg.clip, cfg.clip))
         if cfg.part != "both":
             level, within = bregman.factorise(log_w, self.log_w_mean, rate)
             log_w = level if cfg.part == "level" else within
@@ -239,7 +239,8 @@ class Distiller:
 
     def fake_loss(self, x, b):
         """Return the loss of lines 16 to 22, of generated images x (n, C, H, W). One pass serves
-        score and classifier: t'' = t', and real and generated images get the same noise."""
+        score and classifier, so they have one noise level, the paper's t' and t''; real and
+        generated images have one noise."""
         noise = b.sigma_f * b.noise_f
         with self.autocast():
             if self.cfg.teacher_free:                           # no score, so no decoder
@@ -247,13 +248,12 @@ class Distiller:
             else:
                 D_x, logits = self.fake(x + noise, b.sigma_f, b.c, return_logits=True)  # line 17
             real_logits = self.fake.encode(b.real + noise, b.sigma_f, b.c_real)         # line 21
-        score = edm_loss(D_x, x, b.sigma_f, self.fake.sigma_data)                       # line 18
-        classifier = (F.softplus(logits) + F.softplus(-real_logits)).mean((1, 2))       # Eq. (5)
-        check_finite(f"after {self.seen} images", b.sigma_f, loss_score=score,
-                     loss_class=classifier)
-        self.log(loss_score=gather(score.detach()).mean(),
-                 loss_class=gather(classifier.detach()).mean())
-        return score.mean() + classifier.mean()                                         # line 22
+        losses = dict(
+            loss_score=edm_loss(D_x, x, b.sigma_f, self.fake.sigma_data),               # line 18
+            loss_class=(F.softplus(logits) + F.softplus(-real_logits)).mean((1, 2)))    # Eq. (5)
+        check_finite(f"after {self.seen} images", b.sigma_f, **losses)
+        self.log(**{name: gather(loss.detach()).mean() for name, loss in losses.items()})
+        return losses["loss_score"].mean() + losses["loss_class"].mean()                # line 22
 
     def descend(self, opt, loss):
         """Take one step of Adam on the gradient's mean over processes."""
@@ -266,7 +266,7 @@ class Distiller:
         norm = torch.nn.utils.get_total_norm(grads)
         if norm.isfinite():
             self.log(**{name: norm})
-        elif cfg.amp != "fp16":                                 # whose scaler skips this step
+        elif cfg.amp != "fp16":                 # with fp16 the scaler skips such a step
             raise FloatingPointError(f"after {self.seen} images: {name} is {norm}; the last "
                                      "checkpoint stays as it was")
         if cfg.grad_clip and opt is self.opt_f:
@@ -293,7 +293,7 @@ class Distiller:
         1), the labels c and c_real one-hot (n, label_dim) or None. sigma rises through the batch,
         one in each of `batch` equal steps of the grid, so that every batch has every level and its
         slices are bins of them; weights() counts on that. Labels are drawn evenly: where those of
-        the real images are not even, log r has the logarithm of their frequencies in it.
+        the real images are not even, log r is too low by the log of (frequency x classes).
         """
         cfg, n, shape = self.cfg, self.cfg.batch, (self.cfg.batch, *self.images.shape[1:])
         how = dict(generator=self.generator, device=cfg.device)
@@ -340,7 +340,8 @@ class Distiller:
 
     @torch.no_grad()
     def average_weights(self):
-        """Move the average towards G: its half-life is ema_kimg, or a tenth of a run so far."""
+        """Count an update, and move the average towards G: its half-life is ema_kimg, or a tenth of
+        the images since G first moved, if that is less."""
         self.updates += 1
         moved = self.updates * self.cfg.batch
         beta = half_life_to_beta(self.cfg.batch, min(1e3 * self.cfg.ema_kimg, 0.1 * moved))

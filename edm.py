@@ -170,8 +170,8 @@ class Guided(nn.Module):
         self.good, self.weak, self.guidance, self.low, self.high = good, weak, guidance, low, high
         self.sigma_data, self.label_dim = good.sigma_data, good.label_dim
         self.record = getattr(good, "record", {})
-        self.channels = getattr(good, "channels", None)         # sample() asks for these two, and
-        self.resolution = getattr(good, "resolution", None)     # Stable Diffusion does without
+        self.channels = getattr(good, "channels", None)         # for sample(); Stable Diffusion's
+        self.resolution = getattr(good, "resolution", None)     # networks have neither
 
     @torch.no_grad()
     def forward(self, x, sigma, c=None):
@@ -182,7 +182,7 @@ class Guided(nn.Module):
         if self.guidance == 1 or not inside.any():
             return D_good
         if self.weak is None:
-            D_weak = self.good(x, sigma, torch.zeros_like(c))
+            D_weak = self.good(x, sigma, torch.zeros_like(c))               # no label
         else:
             D_weak = self.weak(x, sigma, c)
         return torch.where(inside, D_weak + self.guidance * (D_good - D_weak), D_good)
@@ -212,7 +212,8 @@ def load_guided(teacher, guide="own", guidance=2.0, low=0.3, high=5.0, good=None
 # ----------------------------------------------------------------------------- weights from files
 
 def load_teacher(source):
-    """Return the denoiser in a file, in eval mode, without gradients, float32 on the CPU.
+    """Return the denoiser in a file, a teacher's or a student's, in eval mode, without gradients,
+    float32 on the CPU.
 
     source: the path of a pickle of EDM's code or of what torch.save or safetensors wrote, or one of
     OFFICIAL. The network is recognised by its tensors. Its attribute `record` is the dictionary of
@@ -227,7 +228,7 @@ def load_teacher(source):
         raise FileNotFoundError(f"no such weights: {source} (or one of {', '.join(OFFICIAL)})")
     state, record = read_file(path)
     try:
-        with torch.random.fork_rng(devices=[]):     # its first weights are drawn, for nothing
+        with torch.random.fork_rng(devices=[]):     # it draws first weights, for nothing
             net = network(state, record)
         for name, v in state.items():
             if not (v.is_floating_point() and v.isfinite().all()):
@@ -245,8 +246,8 @@ def load_teacher(source):
 def network(state, record, **changes):
     """Return the network with the tensors' names and shapes, its weights not loaded.
 
-    record: of what the tensors do not say, dropout and sigma_data. changes: keywords that shall be
-    others. Raises ValueError, which names a tensor, where no network has them.
+    record: has dropout and sigma_data, which the tensors do not say. changes: keywords in place of
+    those found. Raises ValueError, which names a tensor, where no network has them.
     """
     kind, recognise = EDMPrecond, configuration
     if "model.out_conv.weight" in state:                    # ADM, of EDM's ImageNet-64
@@ -258,7 +259,7 @@ def network(state, record, **changes):
 
 
 def shipped(name):
-    """Return a path of the user's or, where there is none, of this project's: pretrained/..."""
+    """Return the path `name` or, where nothing is there, the one of that name in this project."""
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else str(name)
 
 
@@ -303,8 +304,8 @@ def main(argv):
     loop.tune_cpu()
     net = load_teacher(weights)
     sigma_init = cfg.sigma_init or net.sigma_init
-    teachers = ("steps", "guide", "guidance", "guide_low", "guide_high")
-    idle = ["--" + name.replace("_", "-") for name in teachers if name in given]
+    of_teachers = ("steps", "guide", "guidance", "guide_low", "guide_high")
+    idle = ["--" + name.replace("_", "-") for name in of_teachers if name in given]  # as typed
     if sigma_init and idle:
         raise ValueError(f"{weights} is drawn as a student, by one evaluation, in which "
                          f"{', '.join(idle)} would change nothing")

@@ -51,7 +51,7 @@ def c_out(sigma, sigma_data):
 
 
 def per_image(sigma, x):
-    """Return sigma, a number or (N,) or (N, 1, 1, 1), as float32 (1 or N, 1, 1, 1) beside x."""
+    """Return sigma, a number or (N,) or (N, 1, 1, 1), as float32 (1 or N, 1, 1, 1), where x is."""
     return torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
 
 
@@ -64,7 +64,7 @@ def resample(x, direction, f, padding=None):                    # x (N, C, H, W)
     times 4, since a pixel becomes four. padding: on each side, (taps - 1) // 2 where it is None.
     """
     taps, channels = f.shape[-1], x.shape[1]
-    if taps == 2:                                               # [1, 1]: both are a plain box
+    if taps == 2:                                       # [1, 1]: a plain box, without a padding
         if direction == "down":
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest")
@@ -155,7 +155,7 @@ class Block(nn.Module):
         h += self.affine(emb)[:, :, None, None].to(h.dtype)
         h = F.silu(self.norm1(h))
         # Each sum takes one pass over the features: the convolution carries the 1/sqrt(2) as its
-        # gain, and the sum is made in place, since no backward reads what a convolution put out.
+        # gain, and the sum overwrites its output, which its backward does not need.
         y = self.conv1(F.dropout(h, self.dropout, self.training), gain=SQRT_HALF)
         if self.skip is None:
             y.add_(x, alpha=SQRT_HALF)
@@ -189,7 +189,7 @@ def encoder(levels, channels, cin, num_blocks, attn_resolutions, block, pyramid_
     block(cin, cout, attend, direction) makes a block. pyramid_taps: the filter of NCSN++'s image
     pyramid, if there is one.
     """
-    size = levels[0][0]
+    size = levels[0][0]         # UNet.encode runs what follows in this order, and reads its names
     enc = nn.ModuleDict({f"{size}x{size}_conv": Conv2d(channels, cin, 3)})
     skips, pyramid = [cin], channels
     for level, (size, width) in enumerate(levels):
@@ -211,7 +211,8 @@ def encoder(levels, channels, cin, num_blocks, attn_resolutions, block, pyramid_
 def decoder(levels, skips, num_blocks, attn_resolutions, block, attend_in_each=False):
     """Return the decoder, whose blocks take a skip each, the last one first.
 
-    attend_in_each: whether every block of a level in attn_resolutions has attention, or the last.
+    attend_in_each: whether every block of a level in attn_resolutions has attention, or only the
+    last of them.
     """
     dec, cin = nn.ModuleDict(), skips[-1]
     for level, (size, width) in reversed(list(enumerate(levels))):
@@ -281,7 +282,7 @@ class UNet(nn.Module):
         """
         skips, image = [], x                                    # x (N, channels, H, W)
         for name, module in self.enc.items():
-            if "aux" in name:
+            if "aux" in name:       # the image, halved, joins what _down gave, in its place
                 image = x = (skips.pop() + module(image)) * SQRT_HALF
             else:
                 x = run(module, x, emb) if isinstance(module, Block) else module(x)
@@ -349,9 +350,9 @@ class Denoiser(nn.Module):
         return (D_x, skips[-1].float().mean(1)) if return_logits else D_x
 
     def encode(self, x, sigma, c=None):
-        """Return the classifier's logits l, sigmoid(l) = p / (p + q), so log r = -l: float32
-        (N, H, W), one per place of the encoder's last features (8 x 8 of CIFAR-10's), their channel
-        mean. Arguments as forward."""
+        """Classify: return the logits l, sigmoid(l) = p / (p + q), so log r = -l, float32
+        (N, H, W). There is one at each place of the encoder's last features (8 x 8 of CIFAR-10's),
+        their channel mean. Arguments as forward."""
         skips, _ = self._features(x.float(), per_image(sigma, x), c)
         return skips[-1].float().mean(1)
 
@@ -367,8 +368,8 @@ def outline(state):
     """Return what the encoder's tensors say of a U-Net with EDM's names, DDPM++, NCSN++ or ADM: a
     dictionary of keywords. Raises ValueError, with its name, for a tensor that is missing."""
     shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    names = [re.match(r"model\.enc\.(\d+)x\1_(block\d+)?", name) for name in shape]
-    sizes = sorted({int(name[1]) for name in names if name}, reverse=True) or [32]  # 32, 16, 8
+    found = [re.match(r"model\.enc\.(\d+)x\1_(block\d+)?", name) for name in shape]
+    sizes = sorted({int(m[1]) for m in found if m}, reverse=True) or [32]       # 32, 16, 8
     try:
         width, channels, _, _ = shape[f"model.enc.{sizes[0]}x{sizes[0]}_conv.weight"]
         widths = [shape[f"model.enc.{size}x{size}_block0.conv0.weight"][0] for size in sizes]
@@ -379,7 +380,7 @@ def outline(state):
         label_dim=shape.get("model.map_label.weight", (0, 0))[1],
         augment_dim=shape.get("model.map_augment.weight", (0, 0))[1],
         channel_mult=[w // width for w in widths],
-        num_blocks=len({name[2] for name in names if name and int(name[1]) == sizes[0]} - {None}),
+        num_blocks=len({m[2] for m in found if m and int(m[1]) == sizes[0]} - {None}),
         attn_resolutions=[s for s in sizes if f"model.enc.{s}x{s}_block0.qkv.weight" in shape])
 
 

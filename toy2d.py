@@ -43,8 +43,8 @@ def mlp(n_in, n_out, width, activation):
 class FakeScore(nn.Module):
     """The student's denoiser psi, which gives the fake score, and the classifier eta: one network.
 
-    D_fake = D_real + c_out F starts as the teacher's denoiser: that is copyWeights(phi) for a
-    teacher that is a formula. F has to learn only the difference of the two.
+    D_fake = D_real + c_out F, where F is two outputs of the network, which start at 0: so it begins
+    as the teacher's denoiser, as line 1 wants, and F has to learn only the difference of the two.
     """
     sigma_data = 0.7                        # standard deviation of the ring on each axis
 
@@ -57,7 +57,7 @@ class FakeScore(nn.Module):
     def forward(self, x, sigma):
         """Return the denoised sample D_fake, (n, 2), and the logit l of p against q, (n, 1)."""
         c_in = (sigma ** 2 + self.sigma_data ** 2).rsqrt()                          # EDM, Table 1
-        y = self.net(torch.cat([c_in * x, sigma.log() / 2], 1))                     # (n, 3)
+        y = self.net(torch.cat([c_in * x, sigma.log() / 2], 1))     # EDM has / 4     (n, 3)
         return self.teacher(x, sigma) + self.c_out(sigma) * y[:, :2], y[:, 2:]
 
     def c_out(self, sigma):
@@ -85,8 +85,8 @@ class Config:
     anneal: share = 0.25        # fraction of the run in which sigma_min falls from 0.5 to its value
     ratio: Literal["classifier", "exact"] = "classifier"    # where log r comes from
     clip: nonnegative = 5.0     # log r is kept within +-clip
-    norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: before
-                                # that 1/r has mean one at each noise level, as in f-distill
+    norm: Literal["batch", "two-stage"] = "batch"   # batch: weights of mean one; two-stage: 1/r
+                                # is first divided by its mean at each noise level, as in f-distill
     part: Literal["both", "level", "sample"] = "both"   # both: the whole weight; level: its mean at
                                 # each noise level; sample: what is left within a level
     ess: share = 0.0            # weights are tempered to this effective sample size; 0: as they are
@@ -115,13 +115,13 @@ class Distiller:
     def __init__(self, cfg):
         self.cfg, self.h = cfg, bregman.get(cfg.h, cfg.lam)
         torch.manual_seed(cfg.seed)                             # of the networks' first weights
-        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.generator = torch.Generator().manual_seed(cfg.seed)    # not the student, G
         self.teacher = self.target = TARGETS[cfg.target]
         if cfg.reward:
             self.a = REWARDS[cfg.reward]
             self.target = self.teacher.tilt(self.a)
         self.G, self.fake = self.copy_weights()                                         # line 1
-        self.ema = copy.deepcopy(self.G).requires_grad_(False)      # of averaged weights: measured
+        self.ema = copy.deepcopy(self.G).requires_grad_(False)      # its average is measured
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
         self.log_w_mean = torch.zeros(16)   # log E[w | sigma], a running mean, for --part
@@ -137,11 +137,11 @@ class Distiller:
         gap, log_r = self.scores_and_ratio(x_t, b)  # w(t) (s_psi - s_phi), log r    # lines 8, 9
         w = self.weights(log_r.detach())            # h''(r) r, of batch mean one       # line 10
         direction = w * gap                                                             # Eq. (4)
-        if cfg.gan:                                 # -log D of a sample                # line 13
+        if cfg.gan:                                 # -log of p / (p + q)               # line 13
             direction = direction + cfg.gan * self.gradient(F.softplus(log_r), x_t)
-        if cfg.reward:                              # with its sign corrected           # Eq. (35)
+        if cfg.reward:                              # its sign: README, Errata          # Eq. (35)
             direction = direction - self.reward_term(log_r.detach(), x_t, b)
-        surrogate = (x * direction).mean()          # its gradient in x is the direction
+        surrogate = (x * direction).mean()          # its gradient is direction / x.numel()
         self.descend(self.opt_g, surrogate)                                             # line 15
         self.average_weights()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                 # lines 16 to 22
@@ -150,7 +150,8 @@ class Distiller:
             self.descend(self.opt_f, self.fake_loss(self.G(b.z).detach(), b))
 
     def scores_and_ratio(self, x_t, b):
-        """Return w(t) (s_psi - s_phi), (n, 2), and log r, (n, 1), with a graph if line 13 needs it.
+        """Return w(t) (s_psi - s_phi), (n, 2), and log r, (n, 1), with a graph if line 13 or
+        --teacher-free takes its gradient.
 
         A score is (D - x_t) / sigma^2, and w(t) = sigma.
         """
@@ -164,12 +165,12 @@ class Distiller:
         else:
             gap = (D_fake - self.teacher(x_t, b.sigma)).detach() / b.sigma              # line 8
         if self.cfg.ratio == "exact":                           # the truth in line 9's place
-            log_r = self.exact_log_r(x_t.detach(), b.sigma, cells=32, splits=0)
+            log_r = self.exact_log_r(x_t.detach(), b.sigma, cells=32, splits=0)     # coarse: fast
         check_finite(f"step {self.updates + 1}", b.sigma, score_gap=gap, log_r=log_r)
         return gap, log_r
 
     def weights(self, log_r):
-        """Return h''(r) r over its mean in the batch, (n, 1), of log r, alike.
+        """Return h''(r) r over its mean in the batch, (n, 1). log_r: (n, 1).
 
         --norm two-stage and --part take equal slices of the batch for noise levels, so these must
         rise in the batch: see noise_levels().
@@ -187,20 +188,22 @@ class Distiller:
         return w[:, None]
 
     def fake_loss(self, x, b):
-        """Return the loss of lines 16 to 22, with t'' = t' and one noise for real and fake samples.
+        """Return the loss of lines 16 to 22. Score and classifier have one noise level, the paper's
+        t' and t'', and real and generated samples have one noise.
 
         Line 18 is EDM's denoising loss, whose weight is 1 / c_out^2. It trains the shared layers
-        even where nothing uses the score, as with --teacher-free.
+        even with --teacher-free, where nothing uses the score (cifar_distill.py leaves it out).
         """
         noise = b.sigma_f * b.noise_f
         D_x, logits = self.fake(x + noise, b.sigma_f)                                   # line 17
         _, real_logits = self.fake(b.real + noise, b.sigma_f)                           # line 21
-        score = ((D_x - x) / self.fake.c_out(b.sigma_f)).square().mean(1)               # line 18
-        classifier = (F.softplus(logits) + F.softplus(-real_logits))[:, 0]              # Eq. (5)
-        classifier = classifier * self.needs_classifier()
-        check_finite(f"step {self.updates}", b.sigma_f, loss_score=score, loss_class=classifier)
-        self.logged |= dict(loss_score=score.mean().detach(), loss_class=classifier.mean().detach())
-        return score.mean() + classifier.mean()                                         # line 22
+        loss_score = ((D_x - x) / self.fake.c_out(b.sigma_f)).square().mean(1)          # line 18
+        loss_class = (F.softplus(logits) + F.softplus(-real_logits))[:, 0]              # Eq. (5)
+        losses = dict(loss_score=loss_score, loss_class=loss_class * self.needs_classifier())
+        check_finite(f"step {self.updates}", b.sigma_f, **losses)
+        losses = {name: values.mean() for name, values in losses.items()}
+        self.logged |= {name: loss.detach() for name, loss in losses.items()}
+        return losses["loss_score"] + losses["loss_class"]                              # line 22
 
     def descend(self, opt, loss):
         """Take one step of Adam."""
@@ -211,7 +214,7 @@ class Distiller:
     # ------------------------------------------------------- what the steps above are made of
 
     def copy_weights(self):
-        """Return G and the fake network, both at the teacher: line 1.
+        """Return G and the fake network, which begin near the teacher's denoiser: line 1.
 
         A regression brings G(z) to the teacher's D(sigma z; sigma) at sigma = 1.4. G is piecewise
         linear, so it can tear the plane into modes.
@@ -244,6 +247,7 @@ class Distiller:
         They rise, and weights() counts on that: if you draw them at random, sort them.
         """
         cfg = self.cfg
+        # left: what is left of the anneal, from 1 to 0; high: where the lowest level begins
         left = max(0.0, 1 - self.updates / (cfg.anneal * cfg.steps)) if cfg.anneal else 0.0
         high = max(cfg.sigma_min, min(0.5, cfg.sigma_max))
         low = cfg.sigma_min * (high / cfg.sigma_min) ** left        # falls from high to sigma_min
@@ -259,7 +263,7 @@ class Distiller:
         return torch.autograd.grad(values.sum(), x_t, retain_graph=True)[0]
 
     def reward_term(self, log_r, x_t, b):
-        """Return w(t) h''(r*) grad r*, (n, 2), divided by what divides the weights of r.  Eq. (35)
+        """Return w(t) h''(r*) grad r*, (n, 2), over the mean that weights() divides by.  Eq. (35)
 
         h''(r*) grad r* is the weight of r* times grad log r*, tempered as the weights of r are.
         """
@@ -271,14 +275,15 @@ class Distiller:
         return b.sigma * w_star[:, None] * grad
 
     def set_rates(self):
-        """Let both learning rates fall as a cosine."""
+        """Let the rates fall as a cosine, to a hundredth of lr_g and a tenth of lr_f."""
         fall = 0.5 + 0.5 * math.cos(math.pi * self.updates / self.cfg.steps)
         self.opt_g.param_groups[0]["lr"] = self.cfg.lr_g * max(fall, 0.01)
         self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * (0.1 + 0.9 * fall)
 
     @torch.no_grad()
     def average_weights(self):
-        """Move the average towards G, over the last tenth of the run so far at first."""
+        """Count an update, and move the average towards G: it is over about the last tenth of all
+        updates so far, or the last 1000."""
         self.updates += 1
         beta = min(0.999, 1 - 1 / (1 + self.updates / 10))
         torch._foreach_lerp_([*self.ema.parameters()], [*self.G.parameters()], 1 - beta)
@@ -321,8 +326,8 @@ def measure(d):
     for key, x, sign in (("kl_pq", d.target.sample(1000, d.generator), 1),
                          ("kl_qp", d.samples(1000), -1)):
         x_t = x + sigma * d.normal(1000)
-        gap = d.target.log_p(x_t, sigma) - log_q(d.ema, x_t, sigma)
-        result[key] = float(sign * gap.mean())
+        minus_log_r = d.target.log_p(x_t, sigma) - log_q(d.ema, x_t, sigma)
+        result[key] = float(sign * minus_log_r.mean())
     of_classifier, of_cells = {}, {}
     for sigma in np.geomspace(d.cfg.sigma_min, d.cfg.sigma_max, 8):
         exact, learned, change = compare_ratios(d, sigma, 500)
@@ -361,7 +366,7 @@ def distil(cfg):
     """
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    framed = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)
+    framed = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)     # 9000, not more
     framed, frames = np.unique(np.ceil(framed).astype(int)), []         # steps that have a frame
     z, noise = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(cfg.seed))
     progress = tqdm(range(1, cfg.steps + 1), unit="step")
