@@ -22,10 +22,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
+
+try:
+    import diffusers                                                        # noqa: F401
+    from peft import LoraConfig
+    from safetensors import safe_open
+except ModuleNotFoundError as e:
+    print(f"sd_distill.py: {e}: pip install -r {Path(__file__).parent}/requirements.txt",
+          file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))            # the project
 
