@@ -113,10 +113,14 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
-TRIED = {"kl": "--h kl"} | {name: f"--h kl {options}" for name, options in {     # bare command's
-    "fake2": "--fake-updates 2 --lr-f 2e-4", "batch16": "--batch 16", "batch64": "--batch 64",
-    "wait1": "--wait-kimg 1", "decay2": "--decay-kimg 2", "decay8": "--decay-kimg 8",
-    "ema1": "--ema-kimg 1", "lr_g_3e-4": "--lr-g 3e-4"}.items()}
+TRIED = {               # in place of the bare command's settings
+    "kl": "--h kl", "fake2": "--h kl --fake-updates 2 --lr-f 2e-4",
+    "batch16": "--h kl --batch 16", "batch16_decay2": "--h kl --batch 16 --decay-kimg 2",
+    "batch16_rate": "--h kl --batch 16 --lr-g 1.4e-4 --lr-f 2.8e-4",
+    "batch64": "--h kl --batch 64", "wait1": "--h kl --wait-kimg 1",
+    "decay8": "--h kl --decay-kimg 8", "ema1": "--h kl --ema-kimg 1",
+    "lr_g_3e-4": "--h kl --lr-g 3e-4",
+}
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,

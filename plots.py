@@ -330,21 +330,24 @@ def series(seeds, key, since=0):
 @style
 def curves(rows, titles=DISTANCES, since=0):
     """Runs on images: mean over seeds, and a band of one standard deviation, against images seen. A
-    divergence has its colour, and what else the rows differ in has a line and a shade of its own.
+    divergence has its colour, and what else the rows differ in has a line and a shade of its own,
+    or a colour where all rows are of one divergence.
 
     titles: column -> title, of which those are drawn that some run has; since: of so many thousand
     images."""
     titles = {key: title for key, title in titles.items()
               if any(key in run["log"][-1] for runs in rows.values() for run in runs)}
     rests = [rest for rest, _ in Counter(split(row)[1] for row in rows).most_common()]
+    alone = len({split(row)[0] for row in rows}) == 1
     fig, axes = grid_of_axes(len(titles), 2, 4)
     for ax, (key, title) in zip(axes, titles.items()):
         for row, runs in rows.items():
             h, rest = split(row)
-            i, colour = rests.index(rest), COLOUR.get(h, GREY)
+            i = rests.index(rest)
+            colour, alpha = (f"C{i}", 1) if alone else (COLOUR.get(h, GREY), 0.85 ** i)
             dashes, marker = LINES[i % len(LINES)]
             x, mean, std = series(runs, key, since)
-            ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8, alpha=0.85 ** i,
+            ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8, alpha=alpha,
                     label=label(row) + ", tempered" * tempered(runs))
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="generated images (thousands)", title=title)
