@@ -164,7 +164,7 @@ GROUPS = {
                   THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                   f"{CONDITIONAL} --kimg 16 --eval-every 2"),
     "bare_tried": Group("what else was tried", CIFAR, TRIED, TEMPERED,
-                        f"{CONDITIONAL} --kimg 16 --eval-every 2", seeds=1),
+                        f"{CONDITIONAL} --kimg 16 --eval-every 2"),
     "images": Group("16,000 images, weights tempered", CIFAR,
                     THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
                     f"{UNCONDITIONAL} --kimg 16 --eval-every 2"),
