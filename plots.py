@@ -331,7 +331,7 @@ def series(seeds, key, since=0):
 def curves(rows, titles=DISTANCES, since=0):
     """Runs on images: mean over seeds, and a band of one standard deviation, against images seen. A
     divergence has its colour, and what else the rows differ in has a line and a shade of its own,
-    or a colour where all rows are of one divergence.
+    or, where all rows are of one divergence, a colour that no divergence has.
 
     titles: column -> title, of which those are drawn that some run has; since: of so many thousand
     images."""
@@ -344,7 +344,9 @@ def curves(rows, titles=DISTANCES, since=0):
         for row, runs in rows.items():
             h, rest = split(row)
             i = rests.index(rest)
-            colour, alpha = (f"C{i}", 1) if alone else (COLOUR.get(h, GREY), 0.85 ** i)
+            colour, alpha = COLOUR.get(h, GREY), 0.85 ** i
+            if alone:
+                colour, alpha = matplotlib.colormaps["plasma"](0.9 * i / len(rows)), 1
             dashes, marker = LINES[i % len(LINES)]
             x, mean, std = series(runs, key, since)
             ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8, alpha=alpha,
