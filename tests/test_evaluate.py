@@ -161,8 +161,10 @@ SICK = {        # what its options hold -> what the last row's warning says
 
 def test_of_the_recorded_runs_the_sick_ones_are_warned_of_and_no_other():
     """Those of results/images.jsonl with the default settings: six were made sick by an option or
-    by an edit of the code; the others have no warning in any row, but for SBA 5 with the
-    conditional teacher, whose distance does rise with two seeds of three."""
+    by an edit of the code; the others have no warning in any row, but for three settings with the
+    conditional teacher, whose distance does rise with some seed."""
+    rising = [f"{option} --teacher pretrained/compact_teacher_cond.pt"
+              for option in ("--lam 5", "--batch 16", "--lr-g 3e-4")]
     found = []
     for run in read(HERE / "results/images.jsonl").values():
         said = [warning(run["log"][:i]) for i in range(1, len(run["log"]) + 1)]
@@ -170,7 +172,7 @@ def test_of_the_recorded_runs_the_sick_ones_are_warned_of_and_no_other():
         if sick:
             found += sick
             assert sick[0] in said[-1], run["options"]
-        elif "--lam 5 --teacher pretrained/compact_teacher_cond.pt" in run["options"]:
+        elif any(options in run["options"] for options in rising):
             assert all("the distance rises" in words for words in said if words)
         elif "--w-t dmd" not in run["options"]:     # the paper's setting may go astray
             assert not any(said), (run["options"], said)
