@@ -31,7 +31,8 @@ from plumbing.loop import (all_mean, begin, check_finite, claim, first_process_f
                            processes, rank, take_up, train, tune_cpu, world)
 
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")  # at --resume
+# what may change when a run goes on
+FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")
 SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 loses what is small
 
 
@@ -55,7 +56,7 @@ class Config:
     reference: str = "own"      # the images to judge by, as fid.py takes them; "own": --data where
                                 # it is given, else what the teacher was trained on
     resize: Literal["", "clean", "tf"] = ""     # how images come to the features' size, see fid.py;
-                                # "": clean; a --reference of statistics alone needs the word
+                                # "": clean; a --reference of statistics alone needs it named
     features: Literal["compact", "inception"] = "compact"   # of the distance, see fid.py
     kimg: positive = 16.0       # thousands of generated images, the run's length
     batch: count = 32           # images a step, over all processes
@@ -69,7 +70,7 @@ class Config:
     t_min: share = 0.15         # the generator's lowest noise level, as a share of EDM's grid
     t_max: share = 0.8          # and its highest; 0 is the lowest level of the grid, 1 the highest
     w_t: Literal["c_out", "dmd"] = "c_out"  # w(t): sigma^2 / c_out, or sigma^2 / mean |x - D_real|
-    p_mean: real = -0.6         # mean of ln sigma, by which the fake score network learns
+    p_mean: real = -0.6         # mean of ln sigma, the levels at which the fake score learns
     p_std: positive = 1.6       # and its standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
     norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights have mean one; level:
@@ -228,7 +229,8 @@ class Distiller:
         if cfg.norm == "level":
             slices = log_r_all.tensor_split(len(self.log_r_mean))
             self.log_r_mean.lerp_(torch.stack([values.mean() for values in slices]), rate)
-            log_r_all = torch.cat([v - mean for v, mean in zip(slices, self.log_r_mean)])
+            log_r_all = torch.cat([values - mean for values, mean
+                                   in zip(slices, self.log_r_mean)])
         log_w = self.h.log_weight(log_r_all.clamp(-cfg.clip, cfg.clip))
         if cfg.part != "both":
             level, within = bregman.factorise(log_w, self.log_w_mean, rate)

@@ -294,7 +294,7 @@ def main(argv):
     p.add_argument("command", choices=["sample"])
     p.add_argument("weights", help="a file, or a name of NVIDIA's: " + ", ".join(OFFICIAL))
     p.add_argument("-n", type=count, default=64, help="how many images (64)")
-    given = vars(p.parse_args(argv))
+    given = vars(p.parse_args(argv))                            # only what was typed
     n, weights = given.pop("n"), given.pop("weights")
     del given["command"]
     cfg = SampleConfig(**given)
@@ -305,7 +305,7 @@ def main(argv):
     net = load_teacher(weights)
     sigma_init = cfg.sigma_init or net.sigma_init
     of_teachers = ("steps", "guide", "guidance", "guide_low", "guide_high")
-    idle = ["--" + name.replace("_", "-") for name in of_teachers if name in given]  # as typed
+    idle = ["--" + name.replace("_", "-") for name in of_teachers if name in given]
     if sigma_init and idle:
         raise ValueError(f"{weights} is drawn as a student, by one evaluation, in which "
                          f"{', '.join(idle)} would change nothing")

@@ -46,7 +46,7 @@ class Mixture:
         return x + sigma ** 2 * self.score(x, sigma)
 
     def sample(self, n, generator):
-        """Return n samples without noise, (n, 2). generator: torch's, of random numbers."""
+        """Return n samples without noise, (n, 2). generator: torch's source of random numbers."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.means[k] + self.std * torch.randn(n, 2, generator=generator)
 
@@ -93,8 +93,8 @@ def normal_cells(n):
     The cells have equal probability under the standard normal. The results are float64, since the
     variance is a small difference of large numbers.
     """
-    # on a cell (a, b) E z = n (phi(a) - phi(b)) and E z^2 = 1 - n (b phi(b) - a phi(a)); at both
-    # ends of the line a phi(a) is 0, but nan where it is computed
+    # On a cell (a, b) E z = n (phi(a) - phi(b)) and E z^2 = 1 - n (b phi(b) - a phi(a)). At both
+    # ends of the line a phi(a) is 0, but the computer finds infinity times 0, which is nan.
     edge = torch.special.ndtri(torch.linspace(0, 1, n + 1, dtype=torch.float64))
     density = (-edge ** 2 / 2).exp() / math.sqrt(2 * math.pi)
     m = -n * density.diff()
@@ -121,7 +121,7 @@ def cell_images(G, like, least_sigma, cells, splits):
         log_mass = torch.full_like(xx, -2 * math.log(n))
         gaussian = torch.stack([*mean.T, xx, xy, yy, log_mass])                 # (6, K)
 
-        # 3. Which cells to cut into four: those of an image, sqrt(xx + yy), wide beside the noise.
+        # 3. Cut a cell into four if its image is wide beside the noise, sqrt(xx + yy) > sigma / 2.
         wide = (4 * (xx + yy) > least_sigma ** 2) & (split < splits)
         parts.append(gaussian[:, ~wide])
         cell = (2 * cell[wide.cpu(), None] + (corner > 0)).view(-1, 2)
@@ -185,9 +185,9 @@ def divergence(h, log_r, clip=5.0):
 def mode_statistics(x, target):
     """Return how samples x (N, 2) are spread over the modes of a target, as a dictionary.
 
-    modes_covered: how many have more than a quarter of the target's share of them. mode_tv: total
-    variation of the modes' weights, 0 to 1. on_mode: the fraction of samples within 4 standard
-    deviations of a mode.
+    modes_covered: how many modes have more than a quarter of the samples that the target gives
+    them. mode_tv: total variation of the modes' weights, 0 to 1. on_mode: the fraction of samples
+    within 4 standard deviations of a mode.
     """
     distance, k = torch.cdist(x, target.means).min(1)
     weights = torch.bincount(k, minlength=len(target.means)) / len(x)

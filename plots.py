@@ -37,8 +37,8 @@ COLOUR = {      # of a divergence, the same in every picture
 WORDS = {       # the rest of a row's name -> what pictures say
     "gan": "adversarial loss", "level": "weight between levels", "sample": "weight within a level",
     "1e-5": "rate 1e-5", "3e-5": "rate 3e-5", "1e-4": "rate 1e-4", "3e-4": "rate 3e-4",
-    "x1": "fake score's rate × 1", "x3": "fake score's rate × 3", "x10": "fake score's rate × 10",
-    "x30": "fake score's rate × 30",
+    "x1": "fake score's rate × 1", "x3": "fake score's rate × 3",
+    "x10": "fake score's rate × 10", "x30": "fake score's rate × 30",
     "x3_fall": "rate × 3, falling", "fake3": "rate × 1, 3 updates"}
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"),
          ((0, (1, 1)), "P")]        # what tells rows of one divergence apart

@@ -121,7 +121,7 @@ class Distiller:
             self.a = REWARDS[cfg.reward]
             self.target = self.teacher.tilt(self.a)
         self.G, self.fake = self.copy_weights()                                         # line 1
-        self.ema = copy.deepcopy(self.G).requires_grad_(False)      # its average is measured
+        self.ema = copy.deepcopy(self.G).requires_grad_(False)      # averages G, and is measured
         self.opt_g = torch.optim.Adam(self.G.parameters(), betas=(0.0, 0.99), fused=True)
         self.opt_f = torch.optim.Adam(self.fake.parameters(), betas=(0.0, 0.99), fused=True)
         self.log_w_mean = torch.zeros(16)   # log E[w | sigma], a running mean, for --part
@@ -197,9 +197,10 @@ class Distiller:
         noise = b.sigma_f * b.noise_f
         D_x, logits = self.fake(x + noise, b.sigma_f)                                   # line 17
         _, real_logits = self.fake(b.real + noise, b.sigma_f)                           # line 21
-        loss_score = ((D_x - x) / self.fake.c_out(b.sigma_f)).square().mean(1)          # line 18
         loss_class = (F.softplus(logits) + F.softplus(-real_logits))[:, 0]              # Eq. (5)
-        losses = dict(loss_score=loss_score, loss_class=loss_class * self.needs_classifier())
+        losses = dict(
+            loss_score=((D_x - x) / self.fake.c_out(b.sigma_f)).square().mean(1),       # line 18
+            loss_class=loss_class * self.needs_classifier())
         check_finite(f"step {self.updates}", b.sigma_f, **losses)
         losses = {name: values.mean() for name, values in losses.items()}
         self.logged |= {name: loss.detach() for name, loss in losses.items()}
@@ -282,8 +283,8 @@ class Distiller:
 
     @torch.no_grad()
     def average_weights(self):
-        """Count an update, and move the average towards G: it is over about the last tenth of all
-        updates so far, or the last 1000."""
+        """Count an update, and move the average towards G. It reaches back over about a tenth of
+        the updates so far, and over 1000 at most."""
         self.updates += 1
         beta = min(0.999, 1 - 1 / (1 + self.updates / 10))
         torch._foreach_lerp_([*self.ema.parameters()], [*self.G.parameters()], 1 - beta)
@@ -366,7 +367,8 @@ def distil(cfg):
     """
     start, d = time.time(), Distiller(cfg)
     history, seen, every = [], [], max(1, cfg.steps // 100)
-    framed = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)     # 9000, not more
+    # rounded, since ceil would lift 9000.0000001 to a step that never comes
+    framed = np.geomspace(max(1, cfg.steps / 1000), cfg.steps, 24).round(6)
     framed, frames = np.unique(np.ceil(framed).astype(int)), []         # steps that have a frame
     z, noise = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(cfg.seed))
     progress = tqdm(range(1, cfg.steps + 1), unit="step")
