@@ -316,7 +316,8 @@ before = state()
 import {name}
 assert state() == before and state()[2], "the process is not as it was"
 files = [str(getattr(m, "__file__", "")) for m in list(sys.modules.values())]
-print(*[f for f in files if f.startswith({str(HERE)!r})])
+# a virtual environment may lie in the folder, and torch in it
+print(*[f for f in files if f.startswith({str(HERE)!r}) and "site-packages" not in f])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
     assert done.stdout == f"{HERE / name}.py\n", done.stderr
