@@ -177,7 +177,7 @@ class Distiller:
                 direction = direction + cfg.gan * x_t[0].numel() * push                 # line 13
             surrogate = (x * direction).mean()  # its gradient in x is the direction / x.numel()
             self.descend(self.opt_g, surrogate)                                         # line 15
-            self.average_weights()
+            self.average_parameters()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                 # lines 16 to 22
         for _ in range(cfg.fake_updates - 1):           # DMD2 and f-distill make several
             b = self.sample_batch()
@@ -341,7 +341,7 @@ class Distiller:
         self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * fall
 
     @torch.no_grad()
-    def average_weights(self):
+    def average_parameters(self):
         """Count an update, and move the average towards G: its half-life is ema_kimg, or a tenth of
         the images since G first moved, if that is less."""
         self.updates += 1

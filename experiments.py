@@ -147,11 +147,11 @@ FILES = {TOY: "results/plane.jsonl", CIFAR: "results/images.jsonl"}
 GROUPS = {
     "plane_lam": Group("the divergence, the classifier or the batch", TOY, {
         f"{line}_{lam:g}": f"--h sba --lam {lam:g} {options}".strip()
-        for line, (options, several) in LINES.items() for lam in several}, PLANE, seeds=5),
+        for line, (options, several) in LINES.items() for lam in several}, PLANE),
     "page": Group("the interactive page's runs", TOY, {
         f"{way}_{row}": f"{options} {own}".strip()
         for way, own in WAYS.items() for row, options in EVERY_H.items()}, PLANE, seeds=1),
-    "every_h": Group("every h on the ring", TOY, EVERY_H | {"srkl": "--h srkl"}, PLANE, seeds=5),
+    "every_h": Group("every h on the ring", TOY, EVERY_H | {"srkl": "--h srkl"}, PLANE),
     "plane_ratio": Group("the ratio, with tempered weights", TOY, PLANE_RATIO, PLANE),
     "plane_help": Group("what helps SBA 5", TOY, PLANE_HELP, PLANE),
     "plane_rest": Group("other targets, losses and a reward", TOY, PLANE_REST, PLANE),

@@ -96,7 +96,7 @@ def mean_std(numbers):
 
 CURVES = [  # label, name, lam; the label's log r, its height over the curve
     ("SBA 10", "sba", 10, 0.4, 1), ("SBA 5", "sba", 5, 1.13, 1), ("SBA 3", "sba", 3, 1.85, 1),
-    ("LS, SBA 1", "ls", 1, 2.4, 1), ("KL, SBA 0", "kl", 1, 2.55, 1), ("LR, JS", "lr", 1, 0.85, 1),
+    ("LS, SBA 1", "ls", 1, 2.4, 1), ("KL, SBA 0", "kl", 1, -2.1, 1.4), ("LR, JS", "lr", 1, 0.85, 1),
     ("BE, fKL, SBA -1", "be", 1, -2, 0.5), ("softened rKL", "srkl", 1, -2.2, 0.5),
     ("Jeffreys", "jeffreys", 1, -0.85, 1.75), ("Hellinger", "hellinger", 1, 1.5, 0.55)]
 
@@ -261,7 +261,7 @@ def students(rows, names=None):
             panels.append((title, run["samples"].astype(np.float32), target))
     fig, axes = grid_of_axes(len(panels), 4, 2.9)
     for ax, (title, x, target) in zip(axes, panels):
-        plane(ax, x, target)
+        plane(ax, x, target, size=4)
         ax.set_title(title, fontsize=16)
     return fig
 

@@ -143,7 +143,7 @@ class Distiller:
             direction = direction - self.reward_term(log_r.detach(), x_t, b)
         surrogate = (x * direction).mean()          # its gradient is direction / x.numel()
         self.descend(self.opt_g, surrogate)                                             # line 15
-        self.average_weights()
+        self.average_parameters()
         self.descend(self.opt_f, self.fake_loss(x.detach(), b))                 # lines 16 to 22
         for _ in range(cfg.fake_updates - 1):       # DMD2 and f-distill make several
             b = self.sample_batch()
@@ -282,7 +282,7 @@ class Distiller:
         self.opt_f.param_groups[0]["lr"] = self.cfg.lr_f * (0.1 + 0.9 * fall)
 
     @torch.no_grad()
-    def average_weights(self):
+    def average_parameters(self):
         """Count an update, and move the average towards G. It reaches back over about a tenth of
         the updates so far, and over 1000 at most."""
         self.updates += 1
