@@ -284,7 +284,7 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "plane_lam": ("plane_lam", lambda rows: plots.plane_lam(rows, costs())),
     "exercises": ("exercises", lambda rows: plots.students(rows, GROUPS["exercises"].labels)),
     "images": ("images", lambda rows: plots.curves(rows, since=4)),
-    "images_every_h": ("images_every_h", plots.every_h), "health": ("health", plots.health),
+    "images_every_h": ("images_every_h", plots.distance_by_lam), "health": ("health", plots.health),
     "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),
     "paper_rates": ("paper_rates", plots.curves), "paper_setting": ("paper_setting", untempered),
     "paper_100": ("paper_100", untempered), "paper_parts": ("paper_parts", untempered),
