@@ -148,8 +148,7 @@ class Evaluator:
         save_grid(images[:cfg.preview], self.out / f"grid_{d.seen:09}.png",
                   classes=d.teacher.label_dim)
         curve(rows + [row | {"kimg": d.seen / 1e3}], self.floor,
-              f"{self.name}, {self.resize} resize", self.out / "curve.png",
-              {"to_data": self.against})
+              f"{self.name}, {self.resize} resize", self.out / "curve.png", self.against)
         row |= d.averages()
         self.print_row(row)
         if said := warning(rows + [row]):

@@ -1,4 +1,4 @@
-"""Every run, every table and every picture of the pages.
+"""The runs of toy2d.py and cifar_distill.py, their tables and their pictures.
 
     python experiments.py                               # prints the tables, draws the pictures
     python experiments.py --run                         # makes the runs that are missing: hours
@@ -9,8 +9,8 @@
 
 A run is one call of toy2d.py or cifar_distill.py in a process of one thread, in the folder
 runs/GROUP/ROW_seedK. One that was interrupted goes on. A finished run is kept as a line of
-results/plane.jsonl or results/images.jsonl, and what the pictures need of it in two .npz. This is
-the only command that writes into results/ and figures/.
+results/plane.jsonl or results/images.jsonl, and what the pictures need of it in two .npz. Most of
+the .txt records there name the command that printed them.
 """
 import math
 import os
@@ -28,7 +28,7 @@ import plots
 from course.page import page
 from plumbing.cli import count, parser, run_main
 from plumbing.loop import atomic
-from plumbing.results import Group, finished, make, missing, name, read, rows_of, table, write
+from plumbing.results import Group, make, missing_runs, name, read, read_run, rows_of, table, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,17 +36,18 @@ HERE = Path(__file__).resolve().parent
 # ------------------------------------------------------------------------------------- the groups
 
 PLANE = ("modes_covered", "mode_tv", "on_mode", "log_r_error", "log_r_low", "ess")
-IMAGES = ("to_teacher", "less_kl", "to_data", "precision", "recall", "is")
+QUALITY = ("precision", "recall", "is")
+IMAGES = ("to_teacher", "less_kl", "to_data", *QUALITY)
 TEMPERED, AS_IS = (*IMAGES, "tau"), (*IMAGES, "ess", "log_r_std")
-INTERVALS = ("to_teacher", "interval", "to_data", "interval_data", *AS_IS[3:])
+INTERVALS = ("to_teacher", "interval", "to_data", "interval_data", *QUALITY, "ess", "log_r_std")
 
 EVERY_H = {
     "be": "--h be", "sba_-0.5": "--h sba --lam -0.5", "kl": "--h kl", "lr": "--h lr",
     "sba_0.5": "--h sba --lam 0.5", "ls": "--h ls", "sba_3": "--h sba --lam 3",
     "sba_5": "--h sba --lam 5", "sba_10": "--h sba --lam 10",
 }
-TWO, THREE = ({row: EVERY_H[row] for row in rows} for rows in (("kl", "sba_5"),
-                                                              ("kl", "sba_5", "be")))
+TWO = {row: EVERY_H[row] for row in ("kl", "sba_5")}
+THREE = TWO | {"be": EVERY_H["be"]}
 SOME, PARTED = (-1, 0, 0.5, 1, 3, 5), (-1, 1, 5)        # lambdas
 LINES = {       # is it the divergence, the classifier or the batch? line -> options, its lambdas
     "learned_256": ("", SOME), "learned_1024": ("--batch 1024", SOME),
@@ -113,6 +114,7 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
+FOUR = THREE | {"kl_gan": f"--h kl --gan {GAN}"}
 TRIED = {               # in place of the bare command's settings
     "kl": "--h kl", "fake2": "--h kl --fake-updates 2 --lr-f 2e-4",
     "batch16": "--h kl --batch 16", "batch16_decay2": "--h kl --batch 16 --decay-kimg 2",
@@ -123,8 +125,9 @@ TRIED = {               # in place of the bare command's settings
 }
 F_DISTILL = {"lr": "--h lr", "be": "--h be",
              "lr_gan": f"--h lr --gan {GAN}", "be_gan": f"--h be --gan {GAN}"}
-RATES = ("1e-5", "3e-5", "1e-4", "3e-4")        # tried with KL: the lowest halves the distance,
-RATE = "1e-5"           # so the paper's setting has it
+# Rates tried with KL. RATE is the lowest that halves the distance; all four do.
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4")
+RATE = "1e-5"
 SETTING = (f"{UNCONDITIONAL} --norm batch --ess 0 --clip 10 --w-t dmd --t-min 0 --p-mean -1.2 "
            "--p-std 1.2 --batch 64 --guide none --eval-n 5000 "
            "--teacher-samples runs/unguided.npz")       # 5,000 unguided ones, as features
@@ -160,13 +163,11 @@ GROUPS = {
     "kernel": Group("kernels in place of networks", TOY, {k: v for k, (_, v) in KERNEL.items()},
                     PLANE, labels={k: v for k, (v, _) in KERNEL.items()}),
     "fake_updates": Group("updates of the fake score for one", TOY, UPDATES, PLANE),
-    "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR,
-                  THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
+    "bare": Group("the conditional teacher, 16,000 images, weights tempered", CIFAR, FOUR, TEMPERED,
                   f"{CONDITIONAL} --kimg 16 --eval-every 2"),
     "bare_tried": Group("what else was tried", CIFAR, TRIED, TEMPERED,
                         f"{CONDITIONAL} --kimg 16 --eval-every 2"),
-    "images": Group("16,000 images, weights tempered", CIFAR,
-                    THREE | {"kl_gan": f"--h kl --gan {GAN}"}, TEMPERED,
+    "images": Group("16,000 images, weights tempered", CIFAR, FOUR, TEMPERED,
                     f"{UNCONDITIONAL} --kimg 16 --eval-every 2"),
     "images_every_h": Group("6,000 images, weights tempered", CIFAR, EVERY_H, TEMPERED,
                             f"{UNCONDITIONAL} --kimg 6 --eval-every 2"),
@@ -185,14 +186,14 @@ GROUPS = {
     "paper_parts": Group("the same, a part of the weight", CIFAR, TWO | PARTS, AS_IS,
                          f"{RATED} --kimg 50", seeds=1),
     "settle": Group("which rates settle, real images for p", CIFAR, SETTLE,
-                    ("to_teacher", "to_data", "range", *IMAGES[3:], "log_r_std"),
+                    ("to_teacher", "to_data", "range", *QUALITY, "log_r_std"),
                     f"{REAL} --eval-every 5 --kimg 50", seeds=2, named=True),
     "settle_10": Group("the fake score's rate ten times the generator's", CIFAR, THREE, AS_IS,
                        f"{REAL} --eval-every 5 --kimg 50 --lr-g 1e-5 --lr-f 1e-4 --decay-kimg 0",
                        seeds=2, named=True),
     "settled": Group("rates that settle, means of the last five measurements", CIFAR,
                      THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"}, INTERVALS, SETTLED,
-                     seeds=5, last=5, named=True),
+                     seeds=5, last=5, named=True),  # LS is spelled as it was run: see read_run()
     "settled_parts": Group("the same, a part of the weight, or a slow classifier", CIFAR,
                            TWO | PARTS | {"sba_5_slow": "slow_classifier"}, INTERVALS, SETTLED,
                            labels={"sba_5_slow": "SBA 5, slow classifier"}, last=5, named=True),
@@ -221,7 +222,7 @@ def arrays(file):
     return dict(np.load(HERE / "results" / file)) if (HERE / "results" / file).exists() else {}
 
 
-def kept():
+def read_all():
     """Return name -> run of all that results/ keeps."""
     return {key: run for file in FILES.values() for key, run in read(HERE / file).items()}
 
@@ -229,7 +230,7 @@ def kept():
 def collect(folder):
     """Keep the finished runs in folder/GROUP/ROW_seedK: a line each, and what pictures need. Of
     two runs of one name the longer stays. Returns how many runs were there."""
-    runs, frames, samples, n = kept(), arrays("page_frames.npz"), arrays("samples.npz"), 0
+    runs, frames, samples, n = read_all(), arrays("page_frames.npz"), arrays("samples.npz"), 0
     framed = {name_of("page", row) for row in GROUPS["page"].rows}
     sampled = {name_of(group, row) for group in ("every_h", "exercises")
                for row in GROUPS[group].rows}
@@ -238,7 +239,7 @@ def collect(folder):
         place, key = folder / group / f"{row}_seed{seed}", name_of(group, row, seed)
         if not (place / "result.json").exists():
             continue
-        run, n = finished(place, GROUPS[group].script, GROUPS[group].options(row), seed), n + 1
+        run, n = read_run(place, GROUPS[group].script, GROUPS[group].options(row), seed), n + 1
         if key in runs and len(runs[key]["log"]) > len(run["log"]):
             continue
         runs[key] = run
@@ -259,7 +260,7 @@ def collect(folder):
 
 def all_rows():
     """Return group -> row -> runs, with "samples" (n, 2) where they were kept."""
-    runs = kept()
+    runs = read_all()
     for key, x in arrays("samples.npz").items():
         runs[key]["samples"] = x
     return {key: rows_of(runs, group) for key, group in GROUPS.items()}
@@ -268,7 +269,7 @@ def all_rows():
 # ----------------------------------------------------------------------------------- the pictures
 
 def costs():
-    """Return lambda -> how many times the divergence of one mode that of eight with bridges is."""
+    """Return lambda -> D_h of eight modes with bridges / D_h of one mode."""
     lines = (HERE / "results/divergence.txt").read_text().splitlines()
     cells = [line.split("|")[1:-1] for line in lines if re.match(r"\| -?\d", line)]
     rows = [[float(cell.split("±")[0]) for cell in row] for row in cells]
@@ -284,7 +285,7 @@ PICTURES = {        # file in figures/ -> group, what draws it
     "plane_lam": ("plane_lam", lambda rows: plots.plane_lam(rows, costs())),
     "exercises": ("exercises", lambda rows: plots.students(rows, GROUPS["exercises"].labels)),
     "images": ("images", lambda rows: plots.curves(rows, since=4)),
-    "images_every_h": ("images_every_h", plots.every_h), "health": ("health", plots.health),
+    "images_every_h": ("images_every_h", plots.distance_by_lam), "health": ("health", plots.health),
     "f_distill": ("f_distill", lambda rows: plots.curves(rows, since=4)),
     "paper_rates": ("paper_rates", plots.curves), "paper_setting": ("paper_setting", untempered),
     "paper_100": ("paper_100", untempered), "paper_parts": ("paper_parts", untempered),
@@ -337,7 +338,7 @@ def divergence_table():
              for G in (eight, lambda z: ring.means[0] + ring.std * z)]
     print("| lam | KL's eight modes, sigma = 0.02 | all levels | one mode, sigma = 0.02 "
           f"| all levels |\n|{'---|' * 5}")
-    for lam in (-1, 0, 0.5, 1, 3, 5):
+    for lam in SOME:
         h, cells = bregman.get("sba", lam), []
         for draws in log_r:
             D = torch.tensor([[plane.divergence(h, at) for at in draw] for draw in draws])
@@ -367,7 +368,7 @@ def main(argv):
     status = 0
     if args.run is not None:
         names = args.run or [k for k, group in GROUPS.items() if not group.named]
-        status = make(missing(kept(), GROUPS, names, HERE / "runs"), HERE, args.jobs)
+        status = make(missing_runs(read_all(), GROUPS, names, HERE / "runs"), HERE, args.jobs)
     if args.collect or args.run is not None:
         folder = args.collect or HERE / "runs"
         print(f"{collect(folder)} runs of {folder} are in results/", file=sys.stderr)

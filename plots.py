@@ -1,4 +1,4 @@
-"""Every picture of the project: what each one shows, and how it is drawn.
+"""The pictures made with matplotlib: what each one shows, and how it is drawn.
 
 The pictures are 10 inches wide, with letters of 17 points, so that they can be read from the last
 row of a lecture. Nothing here changes matplotlib's settings for the program that imports it: the
@@ -33,15 +33,15 @@ RED, GREY, TEAL, PINK, ORANGE = "#cb181d", "#777777", "#01665e", "#c51b7d", "#ff
 COLOUR = {      # of a divergence, the same in every picture
     "sba_10": "#67000d", "sba_5": RED, "sba_3": "#ef6548", "ls": "#e08214", "sba_0.5": "#d9b830",
     "kl": "#000000", "sba_-0.5": "#4393c3", "be": "#2166ac", "lr": "#1b7837", "srkl": "#8c6d31",
-    "jeffreys": "#762a83", "hellinger": "#4393c3"}
+    "jeffreys": "#762a83", "hellinger": "#4393c3"}     # as SBA -1/2: both weights go as r^(-1/2)
 WORDS = {       # the rest of a row's name -> what pictures say
     "gan": "adversarial loss", "level": "weight between levels", "sample": "weight within a level",
     "1e-5": "rate 1e-5", "3e-5": "rate 3e-5", "1e-4": "rate 1e-4", "3e-4": "rate 3e-4",
     "x1": "fake score's rate × 1", "x3": "fake score's rate × 3",
     "x10": "fake score's rate × 10", "x30": "fake score's rate × 30",
     "x3_fall": "rate × 3, falling", "fake3": "rate × 1, 3 updates"}
-LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"),
-         ((0, (1, 1)), "P")]        # what tells rows of one divergence apart
+DASHES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (6, 2, 1, 2, 1, 2)), "v"),
+          ((0, (1, 1)), "P")]       # what tells rows of one divergence apart
 
 
 def figure(rows, columns, size, **more):
@@ -122,19 +122,16 @@ def weights():
 # -------------------------------------------------------------------------- what a run itself draws
 
 @style
-def curve(rows, own, name, path, against=None):
-    """The distances of a run against images seen, with the teacher's own as dotted lines.
-
-    rows: of log.csv; own: the teacher's distances; name: of the distance; against: what the two
-    were measured against, if it has a better name, {"to_data": "photos"}.
-    """
+def curve(rows, own, name, path, against="the data"):
+    """The distances of a run against images seen, with the teacher's own as dotted lines. rows: of
+    log.csv; own: the teacher's distances; name: of the distance; against: the data's name."""
     fig, ((ax,),) = figure(1, 1, (9, 6))
-    against = {"to_teacher": "the teacher's samples", "to_data": "the data"} | (against or {})
-    for key, colour in (("to_teacher", PINK), ("to_data", TEAL)):
+    for key, to, colour in (("to_teacher", "the teacher's samples", PINK),
+                            ("to_data", against, TEAL)):
         points = [(row["kimg"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             kimg, distance = zip(*points)
-            ax.plot(kimg, distance, "o-", color=colour, label=f"to {against[key]}")
+            ax.plot(kimg, distance, "o-", color=colour, label=f"to {to}")
         if own.get(key):
             ax.axhline(own[key], color=colour, ls=":", lw=2)
     ax.set(xlabel="generated images (thousands)", ylabel=name, yscale="log")
@@ -146,6 +143,8 @@ def curve(rows, own, name, path, against=None):
 def side_by_side(images, path, classes=0, names=()):
     """Sheets of images beside each other. images: title -> uint8 (N, C, H, W); classes: of images
     that take turns, a row each (data.sheet); names: of the rows, written at the left."""
+    if len(next(iter(images.values()))) < classes:              # sheet() then gives none a row
+        names = ()
     sheets = {title: sheet(x, math.isqrt(len(x)), classes) for title, x in images.items()}
     height, width = next(iter(sheets.values())).shape[:2]
     wide = 6.5 * math.sqrt(width / height)                      # of equal area, in any shape
@@ -274,6 +273,7 @@ def ring(films, path):
     from matplotlib.animation import FuncAnimation, PillowWriter
     target, hs = TARGETS["ring8"], {"be": ("be",), "kl": ("kl",), "sba_5": ("sba", 5.0)}
     fig, (top, low) = figure(2, len(films), (9, 5.4), height_ratios=[1, 1.75])
+    steps = next(iter(films.values()))["step"]                  # the same in all films
     log_r = torch.linspace(-2, 2, 201, dtype=torch.float64)
     for ax, row in zip(top, films):
         ax.axvspan(0, 2, color="#f4e9e4")
@@ -284,8 +284,8 @@ def ring(films, path):
     top[0].set_ylabel("weight\nh''(r) r")
 
     def frame(i):
+        j = min(i, len(steps) - 1)                              # the last one stays a while
         for ax, shots in zip(low, films.values()):
-            j = min(i, len(shots["step"]) - 1)                  # the last one stays a while
             x = torch.from_numpy(shots["x"][j].astype(np.float32))
             share = torch.bincount(torch.cdist(x, target.means).argmin(1), minlength=8) / len(x)
             lost = target.means[share <= target.weights / 4]    # plane.mode_statistics's rule
@@ -293,12 +293,12 @@ def ring(films, path):
             plane(ax, x, target, size=14)
             ax.plot(lost[:, 0], lost[:, 1], "kx", ms=13, mew=4)
             ax.set_xlabel(f"{8 - len(lost)} of 8 modes")
-        low[0].set_ylabel(f"step {next(iter(films.values()))['step'][j]}")
+        low[0].set_ylabel(f"step {steps[j]}")
     frame(-1)
     for _ in range(10):                         # until the layout has settled, which then stays
         fig.draw_without_rendering()
     fig.set_layout_engine("none")
-    movie = FuncAnimation(fig, frame, frames=10 + max(len(s["step"]) for s in films.values()))
+    movie = FuncAnimation(fig, frame, frames=10 + len(steps))
     with atomic(path) as tmp:
         movie.save(tmp, PillowWriter(fps=5), dpi=90)
 
@@ -309,7 +309,7 @@ TO = {                  # column of log.csv -> a panel's title
     "to_teacher": "distance to the teacher's samples", "to_data": "distance to the data"}
 DISTANCES = TO | {"precision": "precision", "recall": "recall"}
 UNTEMPERED = DISTANCES | {"log_r_std": "std of log r", "ess": "ESS of a batch"}
-HEALTH = {      # the column that gives a fault away: its name, the faulty row, what to see
+FAULTS = {      # the column that gives a fault away: its name, the faulty row, what to see
     "loss_score": ("loss of the fake score", "kl_stale", "stale fake score:\nthe loss rises"),
     "log_r": ("mean of log r", "sba_5_upside_down", "r upside down:\nlog r is below 0"),
     "variance": ("variance / teacher's", "kl_through", "no stop-gradient:\nvariance stays low"),
@@ -347,7 +347,7 @@ def curves(rows, titles=DISTANCES, since=0):
             colour, alpha = COLOUR.get(h, GREY), 0.85 ** i
             if alone:
                 colour, alpha = matplotlib.colormaps["plasma"](0.9 * i / len(rows)), 1
-            dashes, marker = LINES[i % len(LINES)]
+            dashes, marker = DASHES[i % len(DASHES)]
             x, mean, std = series(runs, key, since)
             ax.plot(x, mean, color=colour, ls=dashes, marker=marker, ms=8, alpha=alpha,
                     label=label(row) + ", tempered" * tempered(runs))
@@ -366,8 +366,8 @@ def curves(rows, titles=DISTANCES, since=0):
 @style
 def health(rows):
     """Healthy runs, and in each panel the faulty one that its column gives away, others in grey."""
-    fig, axes = grid_of_axes(len(HEALTH), 2, 4.2)
-    for ax, (key, (name, faulty, title)) in zip(axes, HEALTH.items()):
+    fig, axes = grid_of_axes(len(FAULTS), 2, 4.2)
+    for ax, (key, (name, faulty, title)) in zip(axes, FAULTS.items()):
         for row, (run,) in rows.items():
             h, rest = split(row)
             x, y, _ = series([run], key)
@@ -385,19 +385,19 @@ def health(rows):
     return fig
 
 
-def power(run):
+def lam_of(run):
     """Return lambda of the weight r^lambda of a run, or None for a weight that is no power of r."""
     h = option(run, "--h", "kl")
     return float(option(run, "--lam", 5)) if h == "sba" else {"be": -1, "kl": 0, "ls": 1}.get(h)
 
 
 @style
-def every_h(rows):
+def distance_by_lam(rows):
     """The distance to the teacher's samples, a dot a seed, and a bar their mean; below, the same
     against the power of r that weighed the samples."""
     fig, ((top,), (low,)) = figure(2, 1, (10, 11))
     for i, (row, runs) in enumerate(rows.items()):
-        lam, distance = power(runs[0]), values(runs, "to_teacher")
+        lam, distance = lam_of(runs[0]), values(runs, "to_teacher")
         dots = dict(color=COLOUR.get(row, GREY), ls="", marker="o", ms=14, alpha=0.8)
         top.plot([i] * len(distance), distance, **dots)
         top.plot([i - 0.3, i + 0.3], [np.mean(distance)] * 2, color=dots["color"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plots import option, power
+from plots import lam_of, option
 
 SIGMAS = (0.05, 0.3, 1.5)       # toy2d.FRAME_SIGMAS, the noise levels of a frame's log r
 EXTENT = 4.0                    # positions are kept within +-4, in steps of 1e-4
@@ -42,7 +42,7 @@ def packed(run, frames, targets):
     low, high = log_r.min(2).round(4), log_r.max(2).round(4)                            # (F, 3)
     fraction = (log_r - low[..., None]) / np.maximum(high - low, 1e-4)[..., None]
     return dict(
-        lam=power(run), target=target, exact=ratio == "exact", setting=f"{target}, {ratio} r",
+        lam=lam_of(run), target=target, exact=ratio == "exact", setting=f"{target}, {ratio} r",
         x16=coded((x.clip(-EXTENT, EXTENT) + EXTENT) / (2 * EXTENT) * 65535, "<u2"),
         log_r8=coded(fraction.clip(0, 1) * 255, "u1"), low=low.ravel().tolist(),
         high=high.ravel().tolist(), step=frames["step"].tolist(),

@@ -87,9 +87,9 @@ def write(kept, file):
         tmp.write_text("".join(lines))
 
 
-def finished(folder, script, options, seed):
+def read_run(folder, script, options, seed):
     """Return the run in a folder that has result.json, as read() does. Raises ValueError unless its
-    config has these options."""
+    config has these options, where --h ls differs from --h sba --lam 1."""
     numbers = json.loads((folder / "result.json").read_text())
     config, history = numbers.pop("config"), numbers.pop("history", [])
     for part in f"{options} --seed {seed}".split("--")[1:] if options.startswith("--") else ():
@@ -122,7 +122,7 @@ def length(options):
     return float(kimg[1]) if kimg else None
 
 
-def found(kept, group, row, seed):
+def find_run(kept, group, row, seed):
     """Return the run of a group's row, until the row's --kimg, or None. Its numbers are all that
     tables and pictures show, among them those of its log's last row, or means of its last rows, and
     the range of the distance to the data over the last half."""
@@ -148,23 +148,23 @@ def found(kept, group, row, seed):
 
 def rows_of(kept, group):
     """Return row -> runs, one a seed, for the rows of a group that have some."""
-    rows = {row: [found(kept, group, row, seed) for seed in range(group.seeds)]
+    rows = {row: [find_run(kept, group, row, seed) for seed in range(group.seeds)]
             for row in group.rows}
     return {row: [run for run in runs if run] for row, runs in rows.items() if any(runs)}
 
 
 # ------------------------------------------------------------------------------------------ made
 
-def missing(kept, groups, names, folder):
-    """Return folder -> command, for what no run is kept of: of one name the longest, those of one
-    seed in a row."""
+def missing_runs(kept, groups, names, folder):
+    """Return folder -> command, for what no run is kept of. Of runs with one name, keep the
+    longest. Within a group all runs of seed 0 come before those of seed 1."""
     runs = {}
     for group_name in names:
         group = groups[group_name]
         for seed in range(group.seeds):
             for row in group.rows:
                 options = group.options(row)
-                if options.startswith("--") and not found(kept, group, row, seed):
+                if options.startswith("--") and not find_run(kept, group, row, seed):
                     run = (length(options) or 0, f"{group_name}/{row}_seed{seed}",
                            [group.script, *options.split(), "--seed", str(seed)])
                     key = name(group.script, options, seed)
@@ -178,7 +178,7 @@ def missing(kept, groups, names, folder):
 
 
 def make(commands, cwd, at_once):
-    """Run folder -> command, `at_once` of them at a time, of one thread each; its words go to
+    """Run folder -> command, `at_once` of them at a time, of one thread each; its output goes to
     folder/log.txt. For one that fails its last line is printed, and the others go on. A signal is
     handed on once, so that a run can save, and no other run is then begun. Returns an exit status:
     0; 1 where one failed; 128 + the signal's number."""

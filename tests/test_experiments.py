@@ -14,7 +14,7 @@ import scipy.stats
 import experiments
 import plots
 from experiments import FILES, GROUPS, PLANE, TOY
-from plumbing.results import Group, found, make, missing, name, rows_of, table, write
+from plumbing.results import Group, find_run, make, missing_runs, name, rows_of, table, write
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run_of(group, row, seed=0, log=(), **numbers):
                 numbers=numbers, log=list(log))
 
 
-def kept(*runs):
+def by_name(*runs):
     return {name(run["script"], run["options"], run["seed"]): run for run in runs}
 
 
@@ -77,12 +77,12 @@ def test_a_name_is_script_options_and_seed():
 
 def test_a_longer_run_holds_the_shorter():
     log = [dict(kimg=k, to_teacher=v) for k, v in ((0, 9), (4, 4), (6.016, 3), (16, 1))]
-    runs = kept(run_of("images", "kl", log=log, images=16000))
-    short = found(runs, GROUPS["images_every_h"], "kl", 0)
+    runs = by_name(run_of("images", "kl", log=log, images=16000))
+    short = find_run(runs, GROUPS["images_every_h"], "kl", 0)
     assert short["numbers"]["to_teacher"] == 3 and short["log"] == log[:3]
-    assert found(runs, GROUPS["images"], "kl", 0)["numbers"] == log[3] | dict(images=16000)
-    cut = kept(run_of("images", "kl", log=log[:3]))
-    assert found(cut, GROUPS["images"], "kl", 0) is None
+    assert find_run(runs, GROUPS["images"], "kl", 0)["numbers"] == log[3] | dict(images=16000)
+    cut = by_name(run_of("images", "kl", log=log[:3]))
+    assert find_run(cut, GROUPS["images"], "kl", 0) is None
 
 
 # -------------------------------------------------------------------------------- kept and missing
@@ -127,14 +127,14 @@ def test_a_run_of_other_options_is_refused(here, change):
 def test_what_is_missing_is_made_once_and_goes_on(tmp_path):
     """BE is lambda = -1 of another group; an edit of the code is never run; the longer run is made
     for two groups; a checkpoint is gone on with."""
-    runs = kept(run_of("plane_lam", "learned_256_-1"))
-    commands = missing(runs, GROUPS, ["every_h", "exercises"], tmp_path)
+    runs = by_name(run_of("plane_lam", "learned_256_-1"))
+    commands = missing_runs(runs, GROUPS, ["every_h", "exercises"], tmp_path)
     assert tmp_path / "every_h/be_seed1" in commands
     assert not {tmp_path / "every_h/be_seed0", tmp_path / "exercises/swap_seed0"} & {*commands}
     folder = tmp_path / "images/sba_5_seed2"
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").touch()
-    commands = missing({}, GROUPS, ["images_every_h", "images"], tmp_path)
+    commands = missing_runs({}, GROUPS, ["images_every_h", "images"], tmp_path)
     assert tmp_path / "images_every_h/sba_5_seed2" not in commands
     assert commands[folder][-5:] == ["--seed", "2", "--out", str(folder), "--resume"]
     assert "--resume" not in commands[tmp_path / "images/sba_5_seed1"]
@@ -187,7 +187,7 @@ def test_means_of_the_last_measurements_have_the_interval_of_a_paired_t_test():
         runs.append(run_of("settled", row, seed, log))
     group = dataclasses.replace(GROUPS["settled"], columns=("to_data", "interval_data", "range"),
                                 last=2)
-    _, _, of_kl, of_be = table(group, rows_of(kept(*runs), group)).splitlines()
+    _, _, of_kl, of_be = table(group, rows_of(by_name(*runs), group)).splitlines()
     low, high = scipy.stats.ttest_rel(be, kl[1:]).confidence_interval(0.95)
     assert of_kl.endswith("| 4 | 2.25 ± 0.20 | 0.00 to 0.00 | 4.00 ± 0.00 |")
     assert of_be.endswith(f"| 3 | 2.92 ± 0.52 | {low:.2f} to {high:.2f} | 4.00 ± 0.00 |")
@@ -200,7 +200,7 @@ def test_every_picture_is_drawn_of_few_runs(here):
                    log=() if GROUPS[group].script == TOY else log)
             for group, _ in experiments.PICTURES.values()]
     for script, file in FILES.items():
-        write({k: v for k, v in kept(*runs).items() if v["script"] == script}, here / file)
+        write({k: v for k, v in by_name(*runs).items() if v["script"] == script}, here / file)
     experiments.draw(experiments.all_rows())
     assert {path.stem for path in (here / "figures").iterdir()} == {
         *experiments.PICTURES, "weights"}
