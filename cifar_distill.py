@@ -434,7 +434,8 @@ def run(cfg, out, resume=False):
         d = Distiller(cfg, teacher, images, labels, teacher.record.get("flip", True))
         if state:
             d.load(state, out / "checkpoint.pt")
-        evaluator = Evaluator(cfg, out, d, source) if rank() == 0 else None
+        before = state.get("seconds", 0.0)
+        evaluator = Evaluator(cfg, out, d, source, before) if rank() == 0 else None
         rows, status = train(d, cfg, out, evaluator and evaluator.row, cfg.eval_every, state,
                              evaluator and evaluator.about())
         if evaluator and not status:
