@@ -234,12 +234,12 @@ def load(path):
 
 def find(source, net, n=None, how=None):
     """Return what measure() takes: the images (N, C, H, W) of SOURCE or SOURCE:SPLIT, or Measured
-    where `source` holds that. CIFAR-10's training set in the compact features is at hand.
+    where `source` holds that. CIFAR-10's whole training set in the compact features is at hand.
 
-    n: how many of its images, or all. how: the resize, "clean" where it is None; but statistics
+    n: how many of its images, or all. how: the resize, "clean" where it is empty; but statistics
     for Inception that do not say how they were made need it. Raises ValueError or OSError.
     """
-    if source == "cifar10" and isinstance(net, Classifier):
+    if source == "cifar10" and isinstance(net, Classifier) and not n:
         source = REFERENCE
     if stored := load(source):
         if n:

@@ -227,8 +227,8 @@ def train(cfg, out, resume=False):
     SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
     ValueError, OSError, or FloatingPointError for a loss that is not finite.
     """
+    state = loop.begin(cfg, out, resume, FREE)
     with loop.claim(out) as out:
-        state = loop.begin(cfg, out, resume, FREE)
         trainer = Trainer(cfg, *load_images(cfg.data, size=cfg.size or None))
         if resume:
             trainer.load(state, out / "checkpoint.pt")
