@@ -1,4 +1,4 @@
-"""Images in, images out: any set of images as one uint8 tensor. Also the one downloader.
+"""Images in, images out: any set of images as one uint8 tensor. Also the project's download().
 
     images, labels = load_images("cifar10")             # the official binary archive, downloaded
     images, labels = load_images("photos", size=32)     # a folder or .zip: middle squares, resized
@@ -127,7 +127,8 @@ def write_zip(images, path, labels=None):
 
 def sheet(images, columns=8, classes=0):
     """Return one picture, uint8 (height, width, 3), of images uint8 (N, C, H, W), with a line
-    between. classes: theirs take turns, and each of them gets a row."""
+    between. classes: if given, image i is of class i % classes, and each class gets a row. With
+    fewer images than classes it is ignored."""
     if 0 < classes <= len(images):
         columns = len(images) // classes
         images = images[:columns * classes].unflatten(0, (columns, classes)).transpose(0, 1)
@@ -250,7 +251,8 @@ def read_files(path, split, size, done):
             where = "folders"
             names, labels = folder_labels(folders, names)
         parts = [files[name] for name in names] if path.is_dir() else [path]
-        for grey in (True, False):                              # not grey where any is Coloured
+        # Decode as grey first. A coloured image raises Coloured, and the second pass is in RGB.
+        for grey in (True, False):
             with contextlib.suppress(Coloured):
                 images = decode(files, read, names, size, done, grey)
                 return stack(images, len(names), path, parts, (size, names), done), labels, where

@@ -146,8 +146,8 @@ class Trainer:
         self.seen, self.loss = 0, math.nan
 
     def batch(self):
-        """Draw images x0, half of them mirrored (n, C, H, W), noise levels sigma (n, 1, 1, 1),
-        noise like x0, and one-hot labels (n, label_dim) or None."""
+        """Draw images x0, half of them mirrored if cfg.flip (n, C, H, W), noise levels sigma
+        (n, 1, 1, 1), noise like x0, and one-hot labels (n, label_dim) or None."""
         n = self.cfg.batch
         how = dict(generator=self.generator, device=self.images.device)
         index = torch.randint(len(self.images), (n,), **how)

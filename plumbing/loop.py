@@ -110,7 +110,7 @@ def claim(folder):
         yield folder
 
 
-# ------------------------------------------------------------------ one process among how many
+# ------------------------------------------------------------------------------ several processes
 
 def world():
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -188,7 +188,8 @@ class Stop:
 
     def ask(self, number, frame):
         if self.number:
-            if world() == 1:                    # torchrun hands on what the process has already
+            # Ctrl-C already reached this process, and torchrun sends it once more
+            if world() == 1:
                 os._exit(128 + number)
             return
         self.number = number
@@ -239,7 +240,8 @@ def take_up(trainer, state, path, networks, optimizers):
             for p, moments in getattr(trainer, key).state.items():
                 for name, moment in moments.items():
                     if moment.shape != (() if name == "step" else p.shape):
-                        raise ValueError(f"{key}: {name} is {tuple(moment.shape)}")  # torch crashes
+                        # torch would crash on such a shape
+                        raise ValueError(f"{key}: {name} is {tuple(moment.shape)}")
                     if name != "step":      # fused Adam counts on moments laid out as the parameter
                         moments[name] = torch.empty_like(p).copy_(moment)
         trainer.seen = state["seen"]
