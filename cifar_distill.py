@@ -33,7 +33,8 @@ from plumbing.loop import (all_mean, begin, check_finite, claim, first_process_f
 HALF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what may change when a run goes on
 FREE = ("kimg", "device", "eval_every", "save_every", "gradient_checkpointing")
-SCALE = 2.0 ** 12       # gradient() multiplies by it before the backward: fp16 loses what is small
+# gradient() multiplies by this before it differentiates, because fp16 rounds small gradients to 0
+SCALE = 2.0 ** 12
 
 
 @dataclass
@@ -73,15 +74,15 @@ class Config:
     p_mean: real = -0.6         # mean of ln sigma, the levels at which the fake score learns
     p_std: positive = 1.6       # and its standard deviation, to reach where the generator looks
     clip: nonnegative = 5.0     # log r within +-clip
-    norm: Literal["level", "batch", "two-stage"] = "level"  # batch: weights have mean one; level:
-                                # before that log r is centred at its noise level, by a running
-                                # mean; two-stage: before that 1/r has mean one there, as in
-                                # f-distill
+    norm: Literal["level", "batch", "two-stage"] = "level"  # batch: divide the weights by their
+                                # mean. level: first subtract from log r its running mean at that
+                                # noise level. two-stage: first divide 1/r by its mean there, as
+                                # f-distill does
     part: Literal["both", "level", "sample"] = "both"   # the weight, its mean at each noise level,
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
-    gan: nonnegative = 0.0      # w_GAN of line 13: the adversarial loss is a mean over images, and
-                                # line 11's a mean over all their numbers
+    gan: nonnegative = 0.0      # w_GAN of line 13. That loss is a mean over images, the surrogate
+                                # one over all numbers; step() multiplies by their count per image
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none
@@ -140,11 +141,12 @@ class Distiller:
 
     def __init__(self, cfg, teacher, images, labels=None, flip=True):
         self.cfg, self.h, self.flip = cfg, bregman.get(cfg.h, cfg.lam), flip
-        big = images.numel() > 2 ** 31              # stays where it is: on the disk, if it is there
+        big = images.numel() > 2 ** 31      # a large set stays on the CPU, perhaps mapped from disk
         self.images = images if big else images.to(cfg.device)
         self.labels = None if labels is None else labels.to(cfg.device)
+        # channels_last is a seventh faster on a CPU
         layout = torch.channels_last if cfg.device == "cpu" else torch.contiguous_format
-        self.teacher = teacher.to(cfg.device, memory_format=layout)     # a seventh faster on a CPU
+        self.teacher = teacher.to(cfg.device, memory_format=layout)
         self.teacher.eval().requires_grad_(False)
         self.G, self.fake, self.ema = self.copy_weights()                               # line 1
         self.opt_g, self.opt_f = (
@@ -152,14 +154,15 @@ class Distiller:
                              betas=(0.0, 0.999), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.fake, cfg.lr_f)))
         self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
-        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # not the student, G
+        # draws random numbers; the student is G
+        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         # the batch, sorted by noise level, is cut into slices; each has running means of its own
         self.log_r_mean = torch.zeros(min(10, cfg.batch), device=cfg.device)    # for --norm level
         self.log_w_mean = torch.zeros(min(8, cfg.batch), device=cfg.device)     # log of w's: --part
         self.seen = self.updates = 0            # images, updates of the generator
         self.sums = {}                          # of what was logged since the last row of log.csv
 
-    # the update is a difference of two networks, small beside the rounding of TF32
+    # TF32's rounding is as large as the update, a small difference of two networks' outputs.
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def step(self):
         """Take lines 3 to 22 once."""
@@ -222,6 +225,7 @@ class Distiller:
         levels rise, so that its slices are levels: --norm and --part rely on it.
         """
         cfg, log_r_all = self.cfg, gather(log_r).flatten()                              # (batch,)
+        # running means: a plain mean of the first 50 updates, then one with rate 0.02
         rate = max(0.02, 1 / (1 + self.updates))
         self.log(log_r=log_r_all.mean(), log_r_std=log_r_all.std(correction=0))
         if cfg.norm == "two-stage":
@@ -361,8 +365,8 @@ class Distiller:
             self.sums[name] = self.sums.get(name, 0) + now
 
     def averages(self):
-        """Return the means of what was logged since the last row of log.csv, which empties the
-        sums (plumbing.loop.train), as numbers."""
+        """Return, as numbers, the means of what was logged since the last row of log.csv. After it
+        loop.train empties the sums."""
         return {k: (v[0] / v[1]).item() for k, v in self.sums.items()}
 
     def state(self):
@@ -434,7 +438,8 @@ def run(cfg, out, resume=False):
         d = Distiller(cfg, teacher, images, labels, teacher.record.get("flip", True))
         if state:
             d.load(state, out / "checkpoint.pt")
-        evaluator = Evaluator(cfg, out, d, source) if rank() == 0 else None
+        before = state.get("seconds", 0.0)
+        evaluator = Evaluator(cfg, out, d, source, before) if rank() == 0 else None
         rows, status = train(d, cfg, out, evaluator and evaluator.row, cfg.eval_every, state,
                              evaluator and evaluator.about())
         if evaluator and not status:

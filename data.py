@@ -1,4 +1,4 @@
-"""Images in, images out: any set of images as one uint8 tensor. Also the one downloader.
+"""Images in, images out: any set of images as one uint8 tensor. Also the project's download().
 
     images, labels = load_images("cifar10")             # the official binary archive, downloaded
     images, labels = load_images("photos", size=32)     # a folder or .zip: middle squares, resized
@@ -50,9 +50,10 @@ def load_images(source, split="train", size=None):
     split: "train" or "test"; folders train, val and test are splits, and a set without them is
     "train". size: take the middle square of each image and resize it, by Lanczos.
 
-    Of MAPPED bytes or more the pixels are memory-mapped from an .npy that is made once, beside the
-    set or in cache(). One line on standard error says what was found. Raises ValueError or OSError,
-    naming the file, for what is not such a set or has images of several sizes.
+    Of MAPPED bytes or more, an .npy is memory-mapped as it is, and decoded or resized images from
+    an .npy that is made once, beside the set or in cache(); an .npz is read into memory. One line
+    on standard error says what was found. Raises ValueError or OSError, naming the file, for what
+    is not such a set or has images of several sizes.
     """
     path = download(*CIFAR10) if str(source) == "cifar10" else Path(source)
     if not path.exists():
@@ -126,7 +127,8 @@ def write_zip(images, path, labels=None):
 
 def sheet(images, columns=8, classes=0):
     """Return one picture, uint8 (height, width, 3), of images uint8 (N, C, H, W), with a line
-    between. classes: theirs take turns, and each of them gets a row."""
+    between. classes: if given, image i is of class i % classes, and each class gets a row. With
+    fewer images than classes it is ignored."""
     if 0 < classes <= len(images):
         columns = len(images) // classes
         images = images[:columns * classes].unflatten(0, (columns, classes)).transpose(0, 1)
@@ -180,7 +182,7 @@ def download(url, sha256=""):
 
 def read_arrays(path, split, done):
     """Return the images (N, C, H, W) of an .npy or .npz, the labels or None, and their name."""
-    large = path.stat().st_size >= MAPPED
+    large = path.suffix.lower() == ".npy" and path.stat().st_size >= MAPPED
     stored = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
     if isinstance(stored, np.ndarray):
         stored = {"images": stored}
@@ -249,7 +251,8 @@ def read_files(path, split, size, done):
             where = "folders"
             names, labels = folder_labels(folders, names)
         parts = [files[name] for name in names] if path.is_dir() else [path]
-        for grey in (True, False):                              # not grey where any is Coloured
+        # Decode as grey first. A coloured image raises Coloured, and the second pass is in RGB.
+        for grey in (True, False):
             with contextlib.suppress(Coloured):
                 images = decode(files, read, names, size, done, grey)
                 return stack(images, len(names), path, parts, (size, names), done), labels, where
@@ -263,12 +266,12 @@ def open_files(path):
         found, read = {}, Path.read_bytes
         if path.is_dir():
             names = glob.iglob("**", root_dir=path, recursive=True)     # through links, too
-            found = {name: path / name for name in names}
+            found = {name: path / name for name in names if not (path / name).is_dir()}
         elif path.suffix.lower() in SUFFIXES:
             found = {path.name: path}
         elif path.suffix.lower() == ".zip":
             z = opened.enter_context(zipfile.ZipFile(path))
-            found, read = {m.filename: m for m in z.infolist()}, z.read
+            found, read = {m.filename: m for m in z.infolist() if not m.is_dir()}, z.read
         elif tarfile.is_tarfile(path):                                  # CIFAR-10's alone
             tar = opened.enter_context(tarfile.open(path))
             found = {m.name: m for m in tar if "_batch" in m.name}

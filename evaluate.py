@@ -75,9 +75,10 @@ def usual_guidance(cfg):
     """Return whether the teacher is guided as it was for the samples beside its weights."""
     default, names = type(cfg), ("guidance", "guide_low", "guide_high")     # its fields' defaults
     young = beside(cfg.teacher, "own", "_young.pt")
-    if not young or cfg.guide == "none":                # without a guide its numbers say nothing
-        return not young and cfg.guide in ("own", "none")
-    return cfg.guide == "own" and all(getattr(cfg, k) == getattr(default, k) for k in names)
+    if beside(cfg.teacher, cfg.guide, "_young.pt") != young:
+        return False
+    # without a guide its numbers say nothing
+    return not young or all(getattr(cfg, k) == getattr(default, k) for k in names)
 
 
 def teacher_samples(cfg):
@@ -85,7 +86,8 @@ def teacher_samples(cfg):
     weights serve only for the guidance and the resize with which they were made."""
     found = beside(cfg.teacher, cfg.teacher_samples, f"_{cfg.features}.npz")
     if found and cfg.teacher_samples == "own":
-        if not usual_guidance(cfg) or fid.load(found).resize not in (None, cfg.resize or "clean"):
+        stored, how = fid.load(found), cfg.resize or "clean"            # None where it has images
+        if not usual_guidance(cfg) or stored and stored.resize not in (None, how):
             print(f"{found} was made with another guidance or resize than these options, so "
                   "nothing is compared with it; --teacher-samples names others", file=sys.stderr)
             return None
@@ -95,10 +97,11 @@ def teacher_samples(cfg):
 class Evaluator:
     """Measures the samples of a Distiller's average against the data and, where there are any,
     against other samples of its teacher. source: what the Distiller's real images were read from.
+    seconds: of the run before it was resumed.
     """
 
-    def __init__(self, cfg, out, distiller, source):
-        self.cfg, self.out, self.d, self.start = cfg, out, distiller, time.monotonic()
+    def __init__(self, cfg, out, distiller, source, seconds=0.0):
+        self.cfg, self.out, self.d, self.start = cfg, out, distiller, time.monotonic() - seconds
         self.printed, self.resize = False, cfg.resize or "clean"
         self.net = fid.load_net(cfg.features).to(cfg.device)
         self.name, record = fid.NAMES[cfg.features][0], distiller.teacher.record
@@ -111,17 +114,13 @@ class Evaluator:
         elif reference == record.get("data") != "cifar10":
             images, _ = load_images(reference, size=record.get("size"))
         else:
-            images = fid.find(reference, self.net, how=cfg.resize or None)
+            images = fid.find(reference, self.net, how=cfg.resize)
         self.data = fid.measure(images, self.net, self.resize)
         self.teacher = None
         if samples := teacher_samples(cfg):
-            found = fid.find(samples, self.net, how=cfg.resize or None)
+            found = fid.find(samples, self.net, how=cfg.resize)
             self.teacher = fid.measure(found, self.net, self.resize)
-        self.key = "to_teacher" if self.teacher else "to_data"
         self.floor = self.teachers_own()
-        self.rows_of = dict(classes=distiller.teacher.label_dim)
-        if self.against == "cifar10" and self.rows_of["classes"] == 10:
-            self.rows_of["names"] = CIFAR10_CLASSES
         print(textwrap.fill(self.about(), 80), file=sys.stderr)
 
     def about(self):
@@ -192,8 +191,9 @@ class Evaluator:
 
     def finish(self, rows):
         """Write student.pt, samples.png and result.json, and print what the run came to."""
-        cfg, d, key, n = self.cfg, self.d, self.key, self.cfg.preview
+        cfg, d, n, classes = self.cfg, self.d, self.cfg.preview, self.d.teacher.label_dim
         first, last = rows[0], rows[-1]
+        key = "to_teacher" if self.teacher else "to_data"
         save({"config": asdict(cfg), "record": d.teacher.record, "seen": d.seen,
               "ema": d.ema.state_dict()}, self.out / "student.pt")
         sample(d.teacher, n, steps=1)                               # warm before it is timed
@@ -202,9 +202,11 @@ class Evaluator:
         students, fast = timed(lambda: sample(d.ema, 8 * n, sigma_init=cfg.sigma_init))
         slow, fast = slow / n, fast / (8 * n)
         guided = ", guided" if hasattr(d.teacher, "good") else ""
+        # fewer pictures than classes are not laid out in rows, beside which names could stand
+        named = self.against == "cifar10" and classes == 10 and n >= 10
         side_by_side({f"teacher: 35 evaluations{guided}": teachers,
                       "student: 1 evaluation, same noise": students[:n]},
-                     self.out / "samples.png", **self.rows_of)
+                     self.out / "samples.png", classes, CIFAR10_CLASSES if named else ())
         result = {"distance": self.name, "resize": self.resize, "reference": self.against,
                   "n": [cfg.eval_n, self.data.n, self.teacher and self.teacher.n],
                   "before": first, "after": last, "teacher": self.floor, "images": d.seen,

@@ -234,12 +234,12 @@ def load(path):
 
 def find(source, net, n=None, how=None):
     """Return what measure() takes: the images (N, C, H, W) of SOURCE or SOURCE:SPLIT, or Measured
-    where `source` holds that. CIFAR-10's training set in the compact features is at hand.
+    where `source` holds that. CIFAR-10's whole training set in the compact features is at hand.
 
-    n: how many of its images, or all. how: the resize, "clean" where it is None; but statistics
+    n: how many of its images, or all. how: the resize, "clean" where it is empty; but statistics
     for Inception that do not say how they were made need it. Raises ValueError or OSError.
     """
-    if source == "cifar10" and isinstance(net, Classifier):
+    if source == "cifar10" and isinstance(net, Classifier) and not n:
         source = REFERENCE
     if stored := load(source):
         if n:
@@ -330,7 +330,7 @@ def in_words(result):
 # ------------------------------------------------------------------------------------ command line
 
 @dataclass
-class TrainConfig:
+class ClassifierConfig:
     data: str = "cifar10"           # the labelled images: what data.load_images takes
     out: Path = Path("runs/classifier")     # the folder for its weights and statistics
     epochs: count = 12              # how often it sees each image
@@ -341,8 +341,8 @@ class TrainConfig:
 def train(argv):
     """Train FD-compact's classifier and measure its training set. Both files have the names that
     they have in pretrained/: copy them there to use them."""
-    p = parser("fid.py train", "Train FD-compact's classifier.", TrainConfig)
-    cfg = TrainConfig(**vars(p.parse_args(argv)))
+    p = parser("fid.py train", "Train FD-compact's classifier.", ClassifierConfig)
+    cfg = ClassifierConfig(**vars(p.parse_args(argv)))
     tune_cpu()
     images, labels = load_images(cfg.data, "train")
     test_images, test_labels = load_images(cfg.data, "test")
@@ -368,24 +368,22 @@ def main(argv):
         help="of which network; compact: FD-compact, inception: FID (compact)")
     add("--resize", choices=("clean", "tf"), help="how images come to the network's size; clean: "
         "Pillow's bicubic, as Clean-FID, tf: TensorFlow 1's bilinear, as EDM (clean)")
-    add("--device", type=torch_device, default=TrainConfig.device,
-        help=f"what computes ({TrainConfig.device})")
+    add("--device", type=torch_device, default=ClassifierConfig.device,
+        help=f"what computes ({ClassifierConfig.device})")
     add("--save", metavar="FILE.npz", help="keep A's statistics, and features of 5,000 images")
-    add("--save-reference", metavar="FILE.npz", help="keep B's, so that it is measured once")
     add("--json", action="store_true", help="print the result as JSON")
     args = p.parse_args(argv)
-    for path in (args.save, args.save_reference):
-        if path and Path(path).suffix != ".npz":
-            p.error(f"{path}: statistics are saved as .npz")
+    if args.save and Path(args.save).suffix != ".npz":
+        p.error(f"{args.save}: statistics are saved as .npz")
     tune_cpu()
     net, how = load_net(args.features).to(args.device), args.resize or "clean"
     sets = [find(args.a, net, args.n, args.resize), find(args.b, net, None, args.resize)]
-    print(f"computing on {args.device}", file=sys.stderr)       # both are there, now the long part
+    # both sets were found; measuring takes long
+    print(f"computing on {args.device}", file=sys.stderr)
     a, b = (measure(s, net, how, name) for s, name in zip(sets, (args.a, args.b)))
     try:
-        for measured, path in ((a, args.save), (b, args.save_reference)):
-            if path:
-                save(measured, path)
+        if args.save:
+            save(a, args.save)
     finally:                                    # a full disk does not cost the result
         result = {"set": args.a, "reference": args.b} | compare(a, b, args.features, how)
         print(json.dumps(result, allow_nan=False) if args.json else in_words(result))

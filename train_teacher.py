@@ -39,11 +39,10 @@ class TrainConfig:
     labels: bool = True         # learn the classes, where the images have labels
     flip: bool = True           # mirror half of the images; not for digits or text
     init: str = ""              # what load_teacher takes: start from its weights, to fine-tune, and
-                                # from its width, levels and depth
+                                # from its width and levels
     width: count = 16           # channels of the network's first level
     levels: whole = 0           # of the network, each of half the size; 0: three, or as many as
                                 # reach 8 pixels a side
-    depth: count = 1            # blocks a level
     kimg: positive = 1000.0     # thousands of images to see in all
     batch: count = 64           # images a step
     lr: positive = 1e-2         # the highest learning rate of Muon, which learns the matrices
@@ -89,7 +88,7 @@ def new_network(cfg, size, channels, classes):
     levels = cfg.levels or default_levels(size)
     return EDMPrecond(**CONFIGS["compact"] | dict(
         resolution=size, channels=channels, label_dim=classes, model_channels=cfg.width,
-        channel_mult=[min(2 ** i, 4) for i in range(levels)], num_blocks=cfg.depth,
+        channel_mult=[min(2 ** i, 4) for i in range(levels)],
         attn_resolutions=[size >> levels - 1]))
 
 
@@ -147,8 +146,8 @@ class Trainer:
         self.seen, self.loss = 0, math.nan
 
     def batch(self):
-        """Draw images x0, half of them mirrored (n, C, H, W), noise levels sigma (n, 1, 1, 1),
-        noise like x0, and one-hot labels (n, label_dim) or None."""
+        """Draw images x0, half of them mirrored if cfg.flip (n, C, H, W), noise levels sigma
+        (n, 1, 1, 1), noise like x0, and one-hot labels (n, label_dim) or None."""
         n = self.cfg.batch
         how = dict(generator=self.generator, device=self.images.device)
         index = torch.randint(len(self.images), (n,), **how)
@@ -227,8 +226,8 @@ def train(cfg, out, resume=False):
     SIGINT and SIGTERM save and end it between two steps. Returns the exit status. Raises
     ValueError, OSError, or FloatingPointError for a loss that is not finite.
     """
+    state = loop.begin(cfg, out, resume, FREE)
     with loop.claim(out) as out:
-        state = loop.begin(cfg, out, resume, FREE)
         trainer = Trainer(cfg, *load_images(cfg.data, size=cfg.size or None))
         if resume:
             trainer.load(state, out / "checkpoint.pt")

@@ -86,13 +86,14 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, MemoryError) as e:
-        named = isinstance(e, OSError) and e.filename and e.strerror        # without its number
+        named = isinstance(e, OSError) and e.filename and e.strerror        # without '[Errno 2]'
         reason = f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split())
     except RuntimeError as e:
         if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
             raise
         reason = f"not enough memory, try a smaller --batch: {str(e).splitlines()[0]}"
-    if rank() == 0 or dist.is_initialized():        # before they have met, all processes fail alike
+    # before the processes are connected all fail alike, so the first one says it
+    if rank() == 0 or dist.is_initialized():
         print(f"{Path(sys.argv[0]).name}: {reason or 'not enough memory'}", file=sys.stderr)
     if dist.is_initialized():                       # left open, it may abort a process that ends
         dist.destroy_process_group()

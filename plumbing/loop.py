@@ -110,7 +110,7 @@ def claim(folder):
         yield folder
 
 
-# ------------------------------------------------------------------ one process among how many
+# ------------------------------------------------------------------------------ several processes
 
 def world():
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -188,7 +188,8 @@ class Stop:
 
     def ask(self, number, frame):
         if self.number:
-            if world() == 1:                    # torchrun hands on what the process has already
+            # Ctrl-C already reached this process, and torchrun sends it once more
+            if world() == 1:
                 os._exit(128 + number)
             return
         self.number = number
@@ -239,7 +240,8 @@ def take_up(trainer, state, path, networks, optimizers):
             for p, moments in getattr(trainer, key).state.items():
                 for name, moment in moments.items():
                     if moment.shape != (() if name == "step" else p.shape):
-                        raise ValueError(f"{key}: {name} is {tuple(moment.shape)}")  # torch crashes
+                        # torch would crash on such a shape
+                        raise ValueError(f"{key}: {name} is {tuple(moment.shape)}")
                     if name != "step":      # fused Adam counts on moments laid out as the parameter
                         moments[name] = torch.empty_like(p).copy_(moment)
         trainer.seen = state["seen"]
@@ -258,14 +260,15 @@ def take_up(trainer, state, path, networks, optimizers):
 def train(trainer, cfg, out, evaluate, every, state, note=""):
     """Step a trainer until it has seen cfg.kimg thousand images, from `state` on.
 
-    trainer: has seen, step() and state(); a row of the log empties its sums. evaluate(rows) returns
-    the next row of log.csv, a dictionary of numbers, each `every` thousand images; a signal may
-    leave it at any point. Process 0 alone writes: checkpoint.pt before each evaluation and every
-    cfg.save_every thousand images. note: the first line of log.csv. Returns the rows, and 0 or
-    128 + the number of the signal that stopped the run, after it printed the command to go on.
+    trainer: has seen, step() and state(). evaluate(rows) returns the next row of log.csv, numbers
+    by name, each `every` thousand images. A signal may leave it at any point, so train() empties
+    the trainer's sums after the row. Process 0 alone writes: checkpoint.pt before each evaluation
+    and every cfg.save_every thousand images. note: the first line of log.csv. Returns the rows, and
+    0 or 128 + the number of the signal that stopped the run, after it printed how to go on.
     """
     rows, before, start = state.get("rows", []), state.get("seconds", 0.0), time.time()
     end, main, steps, stepped = round(1e3 * cfg.kimg), rank() == 0, 0, 0.0
+    waits = 1e3 * getattr(cfg, "wait_kimg", 0.0)        # a step takes less time until then
 
     def due(every):
         return trainer.seen % max(1, round(1e3 * every)) < cfg.batch or trainer.seen >= end
@@ -299,13 +302,14 @@ def train(trainer, cfg, out, evaluate, every, state, note=""):
                     add_row(values)
             if trainer.seen >= end or stop.agreed(cfg.device):
                 break
-            at = time.time()
+            at, moving = time.time(), trainer.seen >= waits
             trainer.step()
             bar.update(cfg.batch)
-            steps, stepped = steps + 1, stepped + time.time() - at
-            hours = stepped / steps * (end - trainer.seen) / cfg.batch / 3600
-            if main and steps == 10 and hours > 1:
-                tqdm.write(f"at this speed the run takes about {hours:.0f} hours", file=sys.stderr)
+            if moving:
+                steps, stepped = steps + 1, stepped + time.time() - at
+                hours = stepped / steps * (end - trainer.seen) / cfg.batch / 3600
+                if main and steps == 10 and hours > 1:
+                    tqdm.write(f"at this speed about {hours:.1f} hours are left", file=sys.stderr)
             if main and (due(cfg.save_every) or due(every)):    # before the evaluation
                 save_all()
         if main:

@@ -105,7 +105,7 @@ class Record(dict):
 
 
 class Call:
-    """A function that a pickle may call but, as it takes no state, not alter."""
+    """A function that a pickle may call. It refuses new state, so that no pickle alters it."""
 
     def __init__(self, function):
         self.function = function

@@ -92,7 +92,7 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_its_status(script, monkeypatch):
     with pytest.raises(RuntimeError):
         script(RuntimeError("shapes cannot be multiplied"))
     assert script(None) == ("", None) and script(KeyboardInterrupt()) == ("", 130)
-    monkeypatch.setenv("RANK", "1")     # before they have met all fail alike, and one prints
+    monkeypatch.setenv("RANK", "1")     # before they are connected all fail alike, and one prints
     assert script(ValueError("no")) == ("", 2)
 
 

@@ -72,6 +72,7 @@ SPLIT = [f"{s}/{c}/0.png" for s in ("train", "test", "val") for c in ("cat", "do
 
 @pytest.mark.parametrize("names, split, order, labels", [
     (["a.png", "b.png"], "train", [0, 1], None),
+    (["a.png/0.png", "b.png/0.png"], "train", [0, 1], [0, 1]),          # folders of such names
     (["0/a.png", "10/a.png", "2/a.png", "1/a.png"], "train", [0, 3, 2, 1], [0, 1, 2, 3]),
     (["cat/in/0.png", "dog/in/0.png", "cat/out/0.png"], "train", [0, 2, 1], [0, 0, 1]),
     (["a/test/0.png", "b/cat/0.png"], "train", [0, 1], [0, 1]),         # deeper than splits lie
@@ -245,14 +246,16 @@ def test_large_sets_are_decoded_once_and_mapped(tmp_path, monkeypatch, writable)
     assert torch.equal(load_images(path)[0], EXPECTED[[0, 1, 2, 3, 4, 0]])
 
 
-def test_large_arrays_are_mapped_and_stay_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, write", [("a.npy", np.save), ("a.npz", np.savez)])
+def test_large_arrays_are_mapped_and_stay_as_they_are(tmp_path, monkeypatch, name, write):
+    """An .npz can't be mapped, so it is laid out as every smaller array."""
     monkeypatch.setattr(data, "MAPPED", PIXELS.nbytes)
-    np.save(tmp_path / "a.npy", PIXELS)
+    write(tmp_path / name, PIXELS)
     for _ in range(2):
-        pixels = load_images(tmp_path / "a.npy")[0]
-        assert torch.equal(pixels, EXPECTED)
+        pixels = load_images(tmp_path / name)[0]
+        assert torch.equal(pixels, EXPECTED) and pixels.is_contiguous() == (name == "a.npz")
         pixels.zero_()
-    assert [*tmp_path.iterdir()] == [tmp_path / "a.npy"]
+    assert [*tmp_path.iterdir()] == [tmp_path / name]
 
 
 def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import cifar_distill
 import evaluate
 import fid
 from cifar_distill import Config
-from data import load_images
+from data import load_images, save_images
 from edm import load_teacher, sample
 from evaluate import warning
+from plumbing.loop import save
 from plumbing.results import read
 from test_cifar_distill import close, teacher
 from test_runs import files, here, saved, start, whole      # noqa: F401
@@ -26,8 +28,8 @@ from test_runs import files, here, saved, start, whole      # noqa: F401
 HERE = Path(evaluate.__file__).parent
 
 
-def test_a_run_from_start_to_end(here, monkeypatch):
-    """With its pictures, by the command line: what it writes."""
+def test_a_run_from_start_to_end(here, monkeypatch, capsys):
+    """With its pictures, by the command line: what it writes. Resumed, its minutes go on."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
     monkeypatch.setattr(cifar_distill, "tune_cpu", lambda: None)
@@ -41,6 +43,9 @@ def test_a_run_from_start_to_end(here, monkeypatch):
     wanted = sample(student, 5, sigma_init=2.5, seed=3)
     assert torch.equal(sample(student, 5, seed=3), wanted) and wanted.float().std() > 1
     assert torch.equal(sample(load_teacher("end/checkpoint.pt"), 5, seed=3), wanted)
+    save(saved("end") | {"seconds": 600.0}, here / "end/checkpoint.pt")
+    assert start("end", "--resume", eval_n=70, preview=4, kimg=0.016) == 0
+    assert re.search(r" 10\.\d$", capsys.readouterr().out, re.M)
 
 
 def read_log(out):
@@ -80,6 +85,17 @@ def test_what_a_number_was_measured_against_stands_beside_it(here, options, name
     close(float(rows[-1]["to_data"]), fid.frechet(a.mu, a.sigma, b.mu, b.sigma), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("preview", [9, 10])
+def test_classes_have_names_where_they_have_rows(here, monkeypatch, preview):
+    torch.save(teacher(10, 32).state_dict(), "ten.pt")
+    save_images(load_images("labelled.npz")[0], "ten.npz", torch.arange(24) % 10)
+    monkeypatch.setattr(evaluate, "side_by_side", lambda *a: given.append(a[-1]))
+    given = []
+    start(f"ten-{preview}", teacher="ten.pt", data="ten.npz", reference="cifar10", kimg=0.004,
+          preview=preview)
+    assert len(given[0]) == (10 if preview == 10 else 0)
+
+
 def test_another_guidance_is_not_judged_by_the_samples_beside_the_teacher(here):
     """They were drawn with the default guidance; younger weights beside a teacher guide it."""
     for name in ("led.pt", "led_young.pt"):
@@ -87,12 +103,15 @@ def test_another_guidance_is_not_judged_by_the_samples_beside_the_teacher(here):
     shutil.copy("tiny_samples.zip", "led_samples.zip")
     shutil.copy("tiny_compact.npz", "led_compact.npz")
     assert evaluate.teacher_samples(Config(teacher="led.pt")) == "led_compact.npz"
+    assert evaluate.teacher_samples(Config(teacher="led.pt", guide="led_young.pt"))
     assert not evaluate.teacher_samples(Config(teacher="led.pt", resize="tf"))
     for other in (dict(guide="none"), dict(guidance=1.5), dict(guide_high=9.0)):
         with pytest.raises(ValueError, match="led_samples.zip was drawn with another guidance"):
             cifar_distill.load_all(Config(teacher="led.pt", **other))
         cfg = Config(teacher="led.pt", data="labelled.npz", **other)
         assert not evaluate.teacher_samples(cfg)
+    shutil.copy("labelled.npz", "led_compact.npz")          # images serve for any resize
+    assert evaluate.teacher_samples(Config(teacher="led.pt", resize="tf"))
 
 
 HOST = """

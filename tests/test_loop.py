@@ -44,6 +44,7 @@ class Config:
     save_every: float = 0.008
     device: str = "cpu"
     seed: int = 0
+    wait_kimg: float = 0.0
 
 
 class Trainer:
@@ -108,6 +109,17 @@ def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(at, tmp_path):
         assert f.readline() == "# a note\n"
         logged = [float(row["weight"]) for row in csv.DictReader(f)]
     assert logged == pytest.approx([row["weight"] for row in rows], rel=1e-5)
+
+
+def test_a_long_run_says_so_once_the_generator_moves(tmp_path, monkeypatch, capsys):
+    """By the first ten of its own steps: 5 that wait are quicker, and 10 are left after them."""
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+
+    def act(trainer):
+        clock[0] += 0 if trainer is None else 400 if trainer.seen >= 20 else 100
+    run(tmp_path, act=act, kimg=0.1, wait_kimg=0.02)
+    assert "about 1.1 hours are left" in capsys.readouterr().err
 
 
 def test_the_checkpoint_is_written_before_the_evaluation(tmp_path):

@@ -145,9 +145,10 @@ def test_command_line_trains_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_teacher.loop, "tune_cpu", lambda: None)   # for the other tests' sake
     for bad, message in (("--resume --batch 8", "was 10, is 8"), ("--decay 2000", "is longer"),
-                         ("--width 6", "of 4")):
-        with pytest.raises(ValueError, match=message):
+                         ("--width 6", "of 4"), ("--resume --out typo", "nothing to resume")):
+        with pytest.raises((ValueError, OSError), match=message):
             train_teacher.main([*run, *bad.split()])
+    assert not (tmp_path / "typo").exists()
     train_teacher.main([*run, *"--kimg 0.08 --decay 0.02 --resume".split()])
     assert capsys.readouterr().out.startswith("80 images")
     net = load_teacher("run/teacher.pt")
