@@ -1,9 +1,10 @@
 """f-distill's experiment on ImageNet at 64 x 64 pixels (arXiv 2502.15681): EDM's class-conditional
 ADM distilled into one step by Algorithm 1, with the Jensen-Shannon divergence. Not run here.
 
-    python examples/imagenet64/distill.py --data imagenet-64x64.zip --gradient-checkpointing
+    python examples/imagenet64/distill.py --data imagenet-64x64.zip --batch 256 \\
+        --gradient-checkpointing
     torchrun --standalone --nproc_per_node=8 examples/imagenet64/distill.py \\
-        --data imagenet-64x64.zip --gradient-checkpointing
+        --data imagenet-64x64.zip
     python edm.py sample runs/imagenet64_lr/student.pt
 
 It is cifar_distill.py with the settings below, and takes its options. README.md says what to
