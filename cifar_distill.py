@@ -1,6 +1,6 @@
 """Algorithm 1 on images: a diffusion teacher distilled into a one-step generator.
 
-    python cifar_distill.py                             # five minutes: FD-compact 14.07 to 0.62
+    python cifar_distill.py                             # 3 to 5 minutes: FD-compact 14.07 to 0.62
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --teacher runs/mine/teacher.pt      # a teacher of train_teacher.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
