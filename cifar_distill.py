@@ -1,6 +1,6 @@
 """Algorithm 1 on images: a diffusion teacher distilled into a one-step generator.
 
-    python cifar_distill.py                             # 3 to 5 minutes: FD-compact 14.07 to 0.62
+    python cifar_distill.py                             # about four minutes: FD-compact 14.07 to 0.62
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --teacher runs/mine/teacher.pt      # a teacher of train_teacher.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
@@ -82,7 +82,7 @@ class Config:
                                 # or what is left within a level
     ess: share = 0.9            # least effective sample size: weights are tempered to it; 0: as is
     gan: nonnegative = 0.0      # w_GAN of line 13. That loss is a mean over images, the surrogate
-                                # one over all numbers; step() multiplies by their count per image
+                                # one over all their numbers; step() multiplies by an image's count
     teacher_free: bool = False  # Appendix H: the score gap is the classifier's gradient
     ema_kimg: positive = 2.0    # half-life of the generator's average, which is what is judged
     grad_clip: nonnegative = 0.0    # bound on each gradient value of the fake score's, 0: none

@@ -143,8 +143,6 @@ def curve(rows, own, name, path, against="the data"):
 def side_by_side(images, path, classes=0, names=()):
     """Sheets of images beside each other. images: title -> uint8 (N, C, H, W); classes: of images
     that take turns, a row each (data.sheet); names: of the rows, written at the left."""
-    if len(next(iter(images.values()))) < classes:              # sheet() then gives none a row
-        names = ()
     sheets = {title: sheet(x, math.isqrt(len(x)), classes) for title, x in images.items()}
     height, width = next(iter(sheets.values())).shape[:2]
     wide = 6.5 * math.sqrt(width / height)                      # of equal area, in any shape

@@ -261,7 +261,7 @@ def test_a_set_against_itself_is_at_zero_without_bias_and_no_json_has_nan(source
 
 @pytest.mark.parametrize("name", ["images.npz", "cifar10"])
 def test_it_says_against_what_of_how_many_images_and_how(sources, run, monkeypatch, name):
-    """Some of CIFAR-10's images are not at hand, measured: it is downloaded."""
+    """The shipped statistics are of the whole set, so for a part of it CIFAR-10 is downloaded."""
     monkeypatch.chdir(sources)
     monkeypatch.setattr(data, "download", lambda *a: sources / "images.npz")
     out = run(name, "-n", 7)
