@@ -183,7 +183,7 @@ def test_means_of_the_last_measurements_have_the_interval_of_a_paired_t_test():
     """Of the seeds that KL and BE share, which are 1, 2 and 3."""
     kl, be, runs = (2.25, 2.0, 2.5, 2.25), (2.5, 2.75, 3.5), []
     for row, seed, end in (*zip(["kl"] * 4, range(4), kl), *zip(["be"] * 3, range(1, 4), be)):
-        log = [dict(kimg=k, to_data=end + d) for k, d in ((5, 9), (15, 3), (18, 1), (30, -1))]
+        log = [dict(kimg=k, to_data=end + d) for k, d in ((5, 9), (25, 3), (30, 1), (50, -1))]
         runs.append(run_of("settled", row, seed, log))
     group = dataclasses.replace(GROUPS["settled"], columns=("to_data", "interval_data", "range"),
                                 last=2)
