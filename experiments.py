@@ -114,6 +114,7 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
+FIVE = THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"}     # spelled as it was run: read_run()
 FOUR = THREE | {"kl_gan": f"--h kl --gan {GAN}"}
 TRIED = {               # in place of the bare command's settings
     "kl": "--h kl", "fake2": "--h kl --fake-updates 2 --lr-f 2e-4",
@@ -191,13 +192,12 @@ GROUPS = {
     "settle_10": Group("the fake score's rate ten times the generator's", CIFAR, THREE, AS_IS,
                        f"{REAL} --eval-every 5 --kimg 50 --lr-g 1e-5 --lr-f 1e-4 --decay-kimg 0",
                        seeds=2, named=True),
-    "settled": Group("rates that settle, means of the last five measurements", CIFAR, THREE,
+    "settled": Group("rates that settle, means of the last five measurements", CIFAR, FIVE,
                      INTERVALS, f"{SETTLED} --kimg 50", seeds=5, last=5, named=True),
-    # LS is spelled as it was run: see read_run()
-    "settled_others": Group("the same with other weights, 30,000 images", CIFAR,
-                            THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"} | PARTS
-                            | {"sba_5_slow": "slow_classifier"}, INTERVALS, f"{SETTLED} --kimg 30",
-                            labels={"sba_5_slow": "SBA 5, slow classifier"}, last=5, named=True),
+    "settled_30": Group("the same, 30,000 images, also with parts of the weight", CIFAR,
+                        FIVE | PARTS | {"sba_5_slow": "slow_classifier"}, INTERVALS,
+                        f"{SETTLED} --kimg 30", last=5, named=True,
+                        labels={"sba_5_slow": "SBA 5, slow classifier"}),
     "paper": Group("the paper's experiment", CIFAR, TWO, AS_IS, "--preset paper", seeds=1,
                    named=True),
 }
