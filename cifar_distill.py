@@ -1,6 +1,6 @@
 """Algorithm 1 on images: a diffusion teacher distilled into a one-step generator.
 
-    python cifar_distill.py                             # about four minutes: FD-compact 14.07 to 0.62
+    python cifar_distill.py                             # four minutes: FD-compact 14.07 to 0.62
     python cifar_distill.py --h sba --lam 5             # any h of bregman.py
     python cifar_distill.py --teacher runs/mine/teacher.pt      # a teacher of train_teacher.py
     python cifar_distill.py --preset paper              # the paper's experiment: GPU, downloads
@@ -162,7 +162,7 @@ class Distiller:
         self.seen = self.updates = 0            # images, updates of the generator
         self.sums = {}                          # of what was logged since the last row of log.csv
 
-    # TF32's rounding is as large as the update, a small difference of two networks' outputs.
+    # the update is a small difference of two networks' outputs, which TF32 would round away
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def step(self):
         """Take lines 3 to 22 once."""

@@ -74,9 +74,9 @@ def warning(rows):
 def usual_guidance(cfg):
     """Return whether the teacher is guided as it was for the samples beside its weights."""
     default, names = type(cfg), ("guidance", "guide_low", "guide_high")     # its fields' defaults
-    guide, young = (found and Path(found).resolve() for found in (
-        beside(cfg.teacher, cfg.guide, "_young.pt"), beside(cfg.teacher, "own", "_young.pt")))
-    if guide != young:
+    guide = beside(cfg.teacher, cfg.guide, "_young.pt")
+    young = beside(cfg.teacher, "own", "_young.pt")
+    if (guide and Path(guide).resolve()) != (young and Path(young).resolve()):
         return False
     # without a guide its numbers say nothing
     return not young or all(getattr(cfg, k) == getattr(default, k) for k in names)

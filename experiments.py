@@ -48,10 +48,10 @@ EVERY_H = {
 }
 TWO = {row: EVERY_H[row] for row in ("kl", "sba_5")}
 THREE = TWO | {"be": EVERY_H["be"]}
-SOME, PARTED = (-1, 0, 0.5, 1, 3, 5), (-1, 1, 5)        # lambdas
+LAMBDAS, PARTED = (-1, 0, 0.5, 1, 3, 5), (-1, 1, 5)
 LINES = {       # is it the divergence, the classifier or the batch? line -> options, its lambdas
-    "learned_256": ("", SOME), "learned_1024": ("--batch 1024", SOME),
-    "exact_256": ("--ratio exact", SOME), "exact_1024": ("--ratio exact --batch 1024", (1, 5)),
+    "learned_256": ("", LAMBDAS), "learned_1024": ("--batch 1024", LAMBDAS),
+    "exact_256": ("--ratio exact", LAMBDAS), "exact_1024": ("--ratio exact --batch 1024", (1, 5)),
     "level": ("--part level", PARTED), "sample": ("--part sample", PARTED),
 }
 WAYS = {"learned": "", "exact": "--ratio exact", "uneven": "--target uneven8"}      # the page's
@@ -114,8 +114,8 @@ HEALTH = {              # "Is it working?": two healthy runs, and sick ones
 UNCONDITIONAL = "--teacher pretrained/compact_teacher.pt"
 CONDITIONAL = "--teacher pretrained/compact_teacher_cond.pt"
 GAN = "1e-3"            # w_GAN on images
-FIVE = THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"}     # spelled as it was run: read_run()
 FOUR = THREE | {"kl_gan": f"--h kl --gan {GAN}"}
+FIVE = THREE | {"lr": "--h lr", "ls": "--h sba --lam 1"}     # as LS was run: see read_run()
 TRIED = {               # in place of the bare command's settings
     "kl": "--h kl", "fake2": "--h kl --fake-updates 2 --lr-f 2e-4",
     "batch16": "--h kl --batch 16", "batch16_decay2": "--h kl --batch 16 --decay-kimg 2",
@@ -339,7 +339,7 @@ def divergence_table():
              for G in (eight, lambda z: ring.means[0] + ring.std * z)]
     print("| lam | KL's eight modes, sigma = 0.02 | all levels | one mode, sigma = 0.02 "
           f"| all levels |\n|{'---|' * 5}")
-    for lam in SOME:
+    for lam in LAMBDAS:
         h, cells = bregman.get("sba", lam), []
         for draws in log_r:
             D = torch.tensor([[plane.divergence(h, at) for at in draw] for draw in draws])

@@ -89,7 +89,7 @@ def write(kept, file):
 
 def read_run(folder, script, options, seed):
     """Return the run in a folder that has result.json, as read() does. Raises ValueError unless its
-    config has these options, where --h ls differs from --h sba --lam 1."""
+    config has these options word by word: --h ls is not --h sba --lam 1."""
     numbers = json.loads((folder / "result.json").read_text())
     config, history = numbers.pop("config"), numbers.pop("history", [])
     for part in f"{options} --seed {seed}".split("--")[1:] if options.startswith("--") else ():
